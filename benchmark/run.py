@@ -1,0 +1,75 @@
+"""Runs the training studies and keeps their raw data in benchmark/results/.
+
+    python benchmark/run.py ppo              # every run of the study that is not there yet, two at a time
+    python benchmark/run.py ppo --jobs 8
+
+A study lists environments, flags and numbers of seeds. Each run leaves its episodes and metrics,
+compressed, and its flags in results/<study>/<label>-<seed>.*; delete those to make it again. report.py makes the tables.
+"""
+
+import argparse
+import gzip
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+MOUNTAIN_CAR = (
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 32 --update-epochs 10 "
+    "--gae-lambda 0.98 --ent-coef 0 --norm-obs --norm-reward"
+)
+LUNAR_LANDER = (
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 32 --update-epochs 10 "
+    "--gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003 --norm-obs --norm-reward"
+)
+STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
+    "ppo": (
+        "ppo.py",
+        [
+            ("CartPole-v1", "CartPole-v1", "", 10),
+            ("Acrobot-v1", "Acrobot-v1", "", 5),
+            ("MountainCar-v0", "MountainCar-v0", MOUNTAIN_CAR, 3),
+            ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, 3),
+        ],
+    ),
+}
+
+
+def run(study, script, label, env_id, flags, seed):
+    target = RESULTS / study / f"{label}-{seed}"
+    if target.with_name(f"{target.name}.args.json").exists():
+        return
+    with tempfile.TemporaryDirectory() as runs_dir:
+        command = [sys.executable, ROOT / script, "--env-id", env_id, "--seed", str(seed), "--runs-dir", runs_dir]
+        subprocess.run([*command, *flags.split(), "--threads", "1"], check=True, stdout=subprocess.DEVNULL)
+        (run_dir,) = Path(runs_dir).iterdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("episodes.csv", "metrics.csv"):
+            data = gzip.compress((run_dir / name).read_bytes(), mtime=0)
+            target.with_name(f"{target.name}.{name}.gz").write_bytes(data)
+        shutil.copy(run_dir / "args.json", target.with_name(f"{target.name}.args.json"))
+    print(f"{study}: {label}, seed {seed}: done", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    script, configurations = STUDIES[args.study]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = []
+        for label, env_id, flags, seeds in configurations:
+            for seed in range(1, seeds + 1):
+                jobs.append(pool.submit(run, args.study, script, label, env_id, flags, seed))
+        for job in jobs:
+            job.result()
+
+
+if __name__ == "__main__":
+    main()
