@@ -13,7 +13,6 @@ ppo_continuous.py differs in its Gaussian policy and its defaults, ppo_atari.py 
 
 import contextlib
 import csv
-import dataclasses
 import difflib
 import io
 import itertools
@@ -25,7 +24,7 @@ import signal
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -270,6 +269,18 @@ class Agent(nn.Module):
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
 
+def flat_parameters(agent):
+    """One vector of all parameters, which become views of it. What a small network's update spends its time on is the
+    number of operations; with one vector, clipping the gradient and Adam are one each instead of one per layer."""
+    parameters = list(agent.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
 def masked_mean(x, weight=None):
     """Mean of x along its last dimension over the rows of weight 1: Σ w x / Σ w, (valid)."""
     return x.mean(-1) if weight is None else (x * weight).sum(-1) / weight.sum(-1).clamp(min=1)
@@ -389,34 +400,22 @@ def save_checkpoint(run_dir, agent, optimizer, **progress):
     os.replace(temporary, run_dir / "checkpoint.pt")
 
 
-def load_args(flag, args):
-    """The flags of the run that --resume or --evaluate names. Raises UsageError where it is no run of this script."""
+def load_run(flag, args):
+    """Flags and checkpoint of the run that --resume or --evaluate names. Raises UsageError where it is none of ours."""
     path = Path(getattr(args, flag))
     if not (path / "args.json").is_file():
         reject(flag, path, "is no run directory" if path.is_dir() else f"does not exist; runs are in {args.runs_dir}/")
     try:
         saved = json.loads((path / "args.json").read_text())
-        if saved.pop("script") == SCRIPT:
-            return Args(**saved)
+        if (script := saved.pop("script")) == SCRIPT:
+            saved, checkpoint = Args(**saved), torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
+            for name, size in checkpoint["sizes"].items():
+                assert (path / name).stat().st_size >= size, f"{name} is shorter than it was"
     except Exception as error:
-        reject(flag, path, f"args.json is damaged ({error!r}); name another run")
-    reject(flag, path, f"was not made by {SCRIPT}; use the script that args.json names")
-
-
-def load_checkpoint(flag, args):
-    """The checkpoint of the run that --resume or --evaluate names. Raises UsageError where it is damaged or where a
-    flag contradicts the run's."""
-    path = Path(getattr(args, flag))
-    for name, value in vars(load_args(flag, args)).items():
-        if getattr(args, name) != value and name not in MAY_DIFFER[flag]:
-            reject(name, getattr(args, name), f"contradicts the run of --{flag}, which has {value}")
-    try:
-        checkpoint = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        complete = all((path / name).stat().st_size >= size for name, size in checkpoint["sizes"].items())
-        assert complete, "a log is shorter than it was"
-        return checkpoint
-    except Exception as error:
-        reject(flag, path, f"checkpoint.pt is damaged ({str(error).splitlines()[0][:80]}); name another run")
+        reject(flag, path, f"is damaged ({str(error).strip().splitlines()[0][:80]!r}); name another run")
+    if script != SCRIPT:
+        reject(flag, path, f"is a run of {script}: use that script")
+    return saved, checkpoint
 
 
 def start_tracking(args, run_dir):
@@ -484,11 +483,10 @@ class Logger:
             self.tracker.finish()
 
 
-def train(args):
-    """Trains an agent, or goes on with the run in args.resume; returns the run directory."""
+def train(args, checkpoint=None):
+    """Trains an agent, or goes on from the checkpoint of the run in args.resume; returns the run directory."""
     args.check()
-    checkpoint = load_checkpoint("resume", args) if args.resume else {"iteration": 0, "seconds": 0.0, "sizes": {}}
-    if checkpoint["iteration"] == args.iterations:
+    if checkpoint and checkpoint["iteration"] == args.iterations:
         print(f"{args.resume} is finished: all its {args.iterations} iterations are done")
         return Path(args.resume)
     device = setup_device(args)
@@ -506,21 +504,23 @@ def train(args):
 
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
-    parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    small = batch_size // M * sum(p.numel() for p in parameters) < 5e7  # sharing less work costs more than it saves
+    parameters = flat_parameters(agent)
+    optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
+    small = batch_size // M * parameters.numel() < 5e7  # sharing less work between threads costs more than it saves
     torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
     loss_function = ppo_loss
     if args.compile:
         loss_function = torch.compile(ppo_loss, mode="reduce-overhead" if device.type == "cuda" else None)
 
-    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
-    logger = Logger(args, run_dir, checkpoint["sizes"])
     if args.resume:
+        run_dir, logger = Path(args.resume), Logger(args, Path(args.resume), checkpoint["sizes"])
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     else:
-        save_checkpoint(run_dir, agent, optimizer, **{**checkpoint, "sizes": logger.sync()})
+        run_dir = new_run_dir(args)
+        logger = Logger(args, run_dir, {})
+        checkpoint = {"iteration": 0, "seconds": 0.0, "sizes": logger.sync()}
+        save_checkpoint(run_dir, agent, optimizer, **checkpoint)
     print(f"{args.env_id} on {device}, {torch.get_num_threads()} thread(s); the run is kept in {run_dir}", flush=True)
 
     obs = np.zeros((T + 1, N, envs.single_observation_space.shape[0]), np.float32)
@@ -556,23 +556,22 @@ def train(args):
                         finished.append((first_step + (t + 1) * N, float(episodic_return[n]), int(episodic_length[n])))
                         episodic_return[n], episodic_length[n] = 0.0, 0
 
-            # Act 2, advantages. obs[t + 1] of an episode's last step is its true last observation, so values[t + 1] is
-            # the value to bootstrap from when a time limit ended it.
+            # Act 2, advantages. What follows an episode's last obs[t] is its true last observation, also where a time
+            # limit ended it: V there is what (td) bootstraps from.
             with torch.no_grad():
                 x = agent.normalize(torch.from_numpy(obs).to(device))
-                values = agent.value(x)
                 old_log_prob, _ = agent.evaluate_actions(x[:-1], actions)
+                values = agent.value(x)
                 reward, over, end, live = (torch.from_numpy(y).to(device) for y in (rewards, terminated, done, valid))
                 if args.norm_reward:
                     reward, discounted = scale_rewards(reward, end, live, agent.return_stats, args.gamma, discounted)
-                over = over if args.bootstrap_truncated else end
+                over, weight = over if args.bootstrap_truncated else end, live.float()
                 advantages = compute_gae(reward, values, over, end, args.gamma, args.gae_lambda)
                 returns = advantages + values[:-1]  # (return)
-                weight = live.float()
                 if args.norm_adv and args.norm_adv_over == "batch":
-                    advantages = normalize_advantages(advantages.flatten(), weight.flatten()).view(T, N)
+                    advantages = normalize_advantages(advantages.flatten(), weight.flatten()).view_as(advantages)
                 batch = (x[:-1], actions, old_log_prob, values[:-1], returns, advantages, weight)
-                batch = [y.flatten(0, 1) for y in batch]
+                batch = [y.flatten(0, 1) for y in batch]  # (T, N, …) → (T N, …)
 
             # Act 3, update: every epoch goes once over all rows, in random minibatches.
             parts, log_ratios, weights = [], [], []
@@ -583,9 +582,10 @@ def train(args):
                     advantages = normalize_advantages(advantages, weight)
                 for minibatch in zip(*rows, advantages, weight):
                     loss, *losses, log_ratio = loss_function(agent, args, *minibatch)
-                    optimizer.zero_grad()
+                    parameters.grad.zero_()
                     loss.backward()
-                    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    grad_norm = parameters.grad.norm()
+                    parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                     optimizer.step()
                     parts.append(torch.stack((*losses, grad_norm)))
                     log_ratios.append(log_ratio.clone())
@@ -616,7 +616,8 @@ def train(args):
                 save_checkpoint(run_dir, agent, optimizer, iteration=iteration, seconds=seconds, sizes=sizes)
                 saved = iteration
                 if args.capture_video:
-                    evaluate(dataclasses.replace(args, resume=None, evaluate=run_dir, num_envs=1, eval_episodes=1))
+                    videos = run_dir / "videos" / f"iteration-{iteration}"
+                    evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
     except (KeyboardInterrupt, SystemExit):
         step = saved * batch_size
         print(f"\nstopped; `python {SCRIPT} --resume {run_dir}` continues from step {step:,}", file=sys.stderr)
@@ -629,21 +630,17 @@ def train(args):
 
 
 @torch.inference_mode()
-def evaluate(args):
-    """Plays the agent saved in args.evaluate, with frozen statistics, and prints and returns its returns.
+def evaluate(args, state, video_dir=None):
+    """Plays the agent of the state_dict `state`, its statistics frozen; prints and returns its returns.
 
-    The result has shape (num_envs, eval_episodes): as many from each environment, since the first of all to finish
+    They have the shape (num_envs, eval_episodes): as many of each environment, since the first to finish among all
     would be the short ones.
     """
     args.check()
-    checkpoint, device, envs = load_checkpoint("evaluate", args), setup_device(args), make_envs(args)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
-    envs.close()
-    agent.load_state_dict(checkpoint["agent"])
-    if args.capture_video:
-        check_renderer(args)
-    video_dir = args.capture_video and f"{args.evaluate}/videos/iteration-{checkpoint['iteration']}-{time.time_ns()}"
+    device = setup_device(args)
     envs, obs = start_worlds(args, 0, video_dir)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
+    agent.load_state_dict(state)
     returns, current = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
     while min(map(len, returns)) < args.eval_episodes:
         noise = agent.noise(args.num_envs) * (not args.greedy)
@@ -666,10 +663,20 @@ def main():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     args = tyro.cli(Args, description=__doc__)
     try:
-        flag = "evaluate" if args.evaluate else "resume"
-        if getattr(args, flag):  # the run's own flags take the place of the defaults
-            args = tyro.cli(Args, description=__doc__, default=load_args(flag, args))
-        (evaluate if args.evaluate else train)(args)
+        checkpoint, flag = None, "evaluate" if args.evaluate else "resume"
+        if getattr(args, flag):  # the run's own flags take the place of the defaults, and few may differ
+            saved, checkpoint = load_run(flag, args)
+            args = tyro.cli(Args, description=__doc__, default=saved)
+            for name, value in vars(saved).items():
+                if getattr(args, name) != value and name not in MAY_DIFFER[flag]:
+                    reject(name, getattr(args, name), f"contradicts the run of --{flag}, which has {value}")
+        if args.evaluate:
+            if args.capture_video:
+                check_renderer(args)
+            videos = Path(args.evaluate) / "videos" / f"evaluation-{time.time_ns()}" if args.capture_video else None
+            evaluate(args, checkpoint["agent"], videos)
+        else:
+            train(args, checkpoint)
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,10 @@
 """Runs the training studies and keeps their raw data in benchmark/results/.
 
-    python benchmark/run.py ppo              # every run of the study that is not there yet, two at a time
+    python benchmark/run.py ppo              # every run that is not there yet, two at a time
     python benchmark/run.py ppo --jobs 8
 
-A study lists environments, flags and numbers of seeds. Each run leaves its episodes and metrics,
-compressed, and its flags in results/<study>/<label>-<seed>.*; delete those to make it again. report.py makes the tables.
+A study lists environments, flags and numbers of seeds. Each run leaves its flags and, compressed, its episodes and
+metrics in results/<study>/<label>-<seed>.*; delete those to make it again. report.py makes the tables.
 """
 
 import argparse

@@ -1,5 +1,8 @@
 """Small environments for the tests; importing this registers them, as does an id like environments:Stub-v0."""
 
+import os
+import time
+
 import gymnasium as gym
 import numpy as np
 
@@ -44,17 +47,26 @@ gym.register("StubSameStep-v0", Stub, vector_entry_point=same_step_vector)
 
 
 class NanReward(Stub):
-    """A Stub whose reward is not a number from its 100th step on, counted over all episodes."""
+    """A Stub whose reward is not a number after as many steps of all its instances together as good_steps says."""
 
-    total = 0
+    good_steps = 0
 
     def step(self, action):
-        self.total += 1
+        NanReward.good_steps -= 1
         observation, reward, *rest = super().step(action)
-        return observation, reward if self.total < 100 else float("nan"), *rest
+        return observation, reward if NanReward.good_steps >= 0 else float("nan"), *rest
+
+
+class Slow(Stub):
+    """A Stub that sleeps in every step while the variable SLOW stands in the environment, to be stopped meanwhile."""
+
+    def step(self, action):
+        time.sleep(float(os.environ.get("SLOW", 0)))
+        return super().step(action)
 
 
 gym.register("NanReward-v0", NanReward)
+gym.register("Slow-v0", Slow)
 
 
 # For test_training.py: worlds whose values are known, spaces that need flattening, simulators that remember.

@@ -1,6 +1,7 @@
 """The training loop of ppo.py: which rows count, what is learned, and that runs repeat and resume exactly."""
 
 import csv
+import dataclasses
 import math
 import os
 import signal
@@ -283,7 +284,8 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
             train(tmp_path / "crashed", **flags)
     run_dir = next((tmp_path / "crashed").iterdir())
     assert len(read(run_dir / "metrics.csv")) == 10
-    ppo.train(ppo.Args(runs_dir=str(tmp_path / "crashed"), resume=str(run_dir), **flags))
+    args = ppo.Args(runs_dir=str(tmp_path / "crashed"), resume=str(run_dir), **flags)
+    ppo.train(args, torch.load(run_dir / "checkpoint.pt", weights_only=True))
     assert outcome(run_dir) == outcome(whole)
 
 
@@ -300,9 +302,9 @@ def test_an_agent_saved_and_loaded_acts_identically(tmp_path, capsys):
         assert torch.equal(x, loaded.normalize(obs)) and not torch.equal(x, obs)
         assert torch.equal(saved.actor(x), loaded.actor(x)) and torch.equal(saved.value(x), loaded.value(x))
         assert torch.equal(saved.act(x, noise), loaded.act(x, noise))
-    flags = {**vars(args), "evaluate": str(run_dir), "eval_episodes": 2, "num_envs": 3}
-    first, again = (ppo.evaluate(ppo.Args(**flags)) for _ in range(2))
-    assert first.shape == (3, 2) and np.array_equal(first, again)
+    args = dataclasses.replace(args, evaluate=str(run_dir), eval_episodes=2, num_envs=3)
+    in_memory, reloaded = (ppo.evaluate(args, agent.state_dict()) for agent in (saved, loaded))
+    assert in_memory.shape == (3, 2) and np.array_equal(in_memory, reloaded)
     after = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
     assert all(torch.equal(after[name], value) for name, value in saved.state_dict().items())
 
