@@ -20,9 +20,12 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
+import uuid
+import warnings
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,19 +39,23 @@ import tyro
 from tqdm import tqdm
 
 SCRIPT = "ppo.py"
-LIMITS = {  # (lowest, highest): the flags
-    (1, 10**12): ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"],
-    (0, 10**12): ["learning_rate", "ent_coef", "vf_coef", "threads", "save_every"],
+CPU_THREADS = torch.get_num_threads()
+STOP_SIGNALS = []  # those that have come in
+LIMITS = {  # (lowest value, highest value): flags
+    (1, 10**12): ["total_timesteps", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"],
+    (1, 10**5): ["num_envs"],
+    (0, 10**3): ["threads"],
+    (0, 10**12): ["learning_rate", "ent_coef", "vf_coef", "save_every"],
     (1e-12, math.inf): ["clip_coef", "max_grad_norm"],
     (1e-12, 10**12): ["target_kl"],
     (0, 1): ["gamma", "gae_lambda"],
     (0, 2**32 - 1): ["seed"],
 }
-MAY_DIFFER = {  # the flags that need not be those of the saved run
-    "resume": ["resume", "device", "capture_video", "track", "wandb_project_name"],
-    "evaluate": ["evaluate", "eval_episodes", "greedy", "num_envs", "seed", "device", "capture_video", "track"],
+MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
+    "resume": ["resume", "runs_dir", "device", "capture_video", "track", "wandb_project_name"],
+    "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
 }
-HEADERS = {
+HEADERS = {  # columns
     "metrics.csv": "iteration global_step episodes episodic_return episodic_length policy_loss value_loss entropy "
     "old_approx_kl approx_kl clipfrac max_ratio_dev explained_variance grad_norm learning_rate sps seconds",
     "episodes.csv": "global_step episodic_return episodic_length",
@@ -61,6 +68,10 @@ class UsageError(ValueError):
 
 def reject(flag, value, advice):
     raise UsageError(f"--{flag.replace('_', '-')} {value}: {advice}")
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 @dataclass
@@ -77,17 +88,17 @@ class Args:
     anneal_lr: bool = True  # lower the learning rate linearly towards 0, (lr)
     gamma: float = 0.99  # discount factor in [0, 1], (td)
     gae_lambda: float = 0.95  # from 0, biased advantages, to 1, noisy ones, (gae)
-    bootstrap_truncated: bool = True  # count on V after a time limit; off: as after termination, (td)
+    bootstrap_truncated: bool = True  # at a time limit use V of the last observation; off: as if terminated, (td)
     num_minibatches: int = 4  # per epoch; must divide num_envs * num_steps
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise advantages, (norm)
     norm_adv_over: Literal["minibatch", "batch"] = "minibatch"  # the rows normalised together, (norm)
-    clip_coef: float = 0.2  # how far the ratio pays, epsilon; inf is the unclipped surrogate, (clip)
+    clip_coef: float = 0.2  # epsilon: moving the ratio beyond 1 ± this gains nothing; inf: no clip, (clip)
     clip_vloss: bool = True  # clip the value loss with the same epsilon, (vf-clip)
     ent_coef: float = 0.01  # weight of the entropy bonus, c_e in (total)
     vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
-    max_grad_norm: float = 0.5  # largest norm of the whole gradient; inf: no limit
-    target_kl: float | None = None  # skip an update's other epochs once (k3) of an epoch exceeds this
+    max_grad_norm: float = 0.5  # scale the whole gradient down if its norm is larger; inf: never
+    target_kl: float | None = None  # stop an update after the first epoch whose mean (k3) exceeds this
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
     norm_reward: bool = False  # divide rewards by the running deviation of the return, (rew-norm)
 
@@ -104,23 +115,19 @@ class Args:
     track: bool = False  # log to Weights & Biases; offline where it cannot be reached
     wandb_project_name: str = "ppo"  # project on Weights & Biases
 
-    @property
-    def iterations(self):
-        return self.total_timesteps // (self.num_envs * self.num_steps)
 
     def check(self):
         """Raises UsageError for flags that no environment can work with."""
         for (low, high), names in LIMITS.items():
-            for name, value in ((name, getattr(self, name)) for name in names):
+            for name in names:
+                value = getattr(self, name)
                 if value is not None and not low <= value <= high:  # also rejects nan
-                    reject(name, value, f"must be {low:g} or more" if high > 1e9 else f"must be in [{low:g}, {high:g}]")
-        if self.resume and self.evaluate:
-            reject("evaluate", self.evaluate, "leave out --resume, or resume first and evaluate then")
-        batch_size = self.num_envs * self.num_steps
-        if batch_size % self.num_minibatches and not self.evaluate:
-            reject("num_minibatches", self.num_minibatches, f"must divide num_envs * num_steps = {batch_size}")
-        if self.iterations < 1 and not self.evaluate:
-            reject("total_timesteps", self.total_timesteps, f"must be at least one rollout, {batch_size}")
+                    reject(name, value, f"must be in [{low}, {high}]")
+
+def exit_if_stopped():
+    """Ends the program between two steps of the environments, where all of its processes can be ended cleanly."""
+    if STOP_SIGNALS:
+        sys.exit(128 + STOP_SIGNALS[0])
 
 
 def make_envs(args, video_dir=None):
@@ -130,17 +137,18 @@ def make_envs(args, video_dir=None):
     """
     options = {"vectorization_mode": None if args.vectorization_mode == "auto" else args.vectorization_mode}
     if video_dir:
-        folders = (f"{video_dir}/env-{i}" for i in itertools.count())
+        folders = (f"{video_dir}/env-{i}" for i in itertools.count())  # each environment films into its own
         film = lambda env: gym.wrappers.RecordVideo(env, next(folders), lambda episode: episode < args.eval_episodes)
         options = {"vectorization_mode": "sync", "render_mode": "rgb_array", "wrappers": [film]}
     try:
-        envs = gym.make_vec(args.env_id, args.num_envs, **options)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the error says it too
+            envs = gym.make_vec(args.env_id, args.num_envs, **options)
     except Exception as error:
         if args.env_id.startswith("ALE/"):
             reject("env_id", args.env_id, "is an Atari game: use ppo_atari.py")
-        advice = (str(error).strip() or repr(error)).splitlines()[0]
+        advice = first_line(error)
         if isinstance(error, gym.error.UnregisteredEnv):
-            advice += f" The nearest is {difflib.get_close_matches(args.env_id, gym.registry, 1, 0)[0]}."
+            advice += f" The nearest is {difflib.get_close_matches(args.env_id.split(':')[-1], gym.registry, 1, 0)[0]}."
         if "vector entry point" in advice:
             reject("vectorization_mode", args.vectorization_mode, f"{advice} Use sync or async.")
         reject("env_id", args.env_id, advice)
@@ -168,12 +176,12 @@ def check_renderer(args):
         env.render()
         env.close()
     except Exception as error:
-        reject("capture_video", True, f"{args.env_id} cannot be filmed here ({str(error).strip().splitlines()[0]})")
+        reject("capture_video", True, f"{args.env_id} cannot be filmed here: {first_line(error)}")
 
 
-def start_worlds(args, iteration, video_dir=None):
-    """New environments and their first observations, a function of (seed, iteration) alone, like every random number
-    from here on: a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i."""
+def new_worlds(args, iteration, video_dir=None):
+    """Environments built anew and their first observations. They and all random numbers from here on are a function of
+    (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i."""
     seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0]) % (2**31 - 1 - args.num_envs)
     torch.manual_seed(seed)
     envs = make_envs(args, video_dir)
@@ -251,7 +259,7 @@ class Agent(nn.Module):
         return -torch.empty(*shape, self.num_actions, device=self.first_action.device).exponential_().log()
 
     def act(self, x, noise):
-        """x (B, D) → sampled actions (B,); noise 0 gives the most probable ones."""
+        """x (B, D) → sampled actions (B,), by the Gumbel-max trick; noise 0 gives the most probable ones."""
         return (self.actor(x) + noise).argmax(-1)
 
     def env_action(self, action):
@@ -270,8 +278,11 @@ class Agent(nn.Module):
 
 
 def flat_parameters(agent):
-    """One vector of all parameters, which become views of it. What a small network's update spends its time on is the
-    number of operations; with one vector, clipping the gradient and Adam are one each instead of one per layer."""
+    """Copies all parameters into one vector, which the weights and gradients of the layers become views of.
+
+    The result of training is the same, but gradient clipping and Adam take one operation each instead of one a layer;
+    their number is what a small network's update spends its time on.
+    """
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     vector.grad = torch.zeros_like(vector)
@@ -297,10 +308,10 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     """
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
-    advantages, advantage = [], torch.zeros_like(deltas[0])
-    for delta, decay in zip(deltas.flip(0), decays.flip(0)):
-        advantage = delta + decay * advantage
-        advantages.append(advantage)
+    advantages, next_advantage = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(deltas.flip(0), decays.flip(0)):  # from the last step to the first
+        next_advantage = delta + decay * next_advantage
+        advantages.append(next_advantage)
     return torch.stack(advantages).flip(0)
 
 
@@ -342,11 +353,11 @@ def scale_rewards(rewards, done, valid, stats, gamma, carry):
 
     rewards, done, valid (T, N); carry (N,) is γ (1 − done) G of the row before, also returned for the next rollout.
     """
-    returns = []
+    discounted_returns = []
     for reward, end in zip(rewards, done):
-        returns.append(carry + reward)
-        carry = gamma * ~end * returns[-1]
-    stats.update(torch.stack(returns)[valid])
+        discounted_returns.append(carry + reward)
+        carry = gamma * ~end * discounted_returns[-1]
+    stats.update(torch.stack(discounted_returns)[valid])
     return (rewards / (stats.var + 1e-8).sqrt().float()).clamp(-10, 10), carry
 
 
@@ -356,9 +367,9 @@ def ppo_loss(agent, args, x, action, old_log_prob, old_values, returns, advantag
     log_ratio = log_prob - old_log_prob  # (ratio)
     policy = policy_loss(log_ratio, advantages, args.clip_coef, weight)
     value = value_loss(agent.value(x), old_values, returns, args.clip_coef if args.clip_vloss else None, weight)
-    entropy = masked_mean(entropy, weight)
-    loss = policy + args.vf_coef * value - args.ent_coef * entropy
-    return loss, policy.detach(), value.detach(), entropy.detach(), log_ratio.detach()
+    mean_entropy = masked_mean(entropy, weight)
+    loss = policy + args.vf_coef * value - args.ent_coef * mean_entropy
+    return loss, policy.detach(), value.detach(), mean_entropy.detach(), log_ratio.detach()
 
 
 def diagnostics(log_ratio, weight, clip_coef):
@@ -377,21 +388,22 @@ def explained_variance(values, returns):
 def new_run_dir(args):
     """Makes runs_dir/env__exp__seed__time, with a suffix where that exists, and writes the flags to args.json."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    for suffix in itertools.chain([""], itertools.count(2)):
-        run_dir = Path(args.runs_dir) / (re.sub(r"[^\w.-]+", "-", name) + f"-{suffix}".rstrip("-"))
-        try:
-            run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=2))
-            return run_dir
-        except FileExistsError:
-            continue
-        except OSError as error:
-            reject("runs_dir", args.runs_dir, f"cannot be written ({error.strerror}); name a directory that can")
+    name = re.sub(r"[^\w.-]+", "-", name)
+    try:
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        for suffix in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+            run_dir = Path(args.runs_dir) / (name + suffix)
+            with contextlib.suppress(FileExistsError):
+                run_dir.mkdir()
+                (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=2))
+                return run_dir
+    except OSError as error:
+        reject("runs_dir", args.runs_dir, f"cannot be written ({error.strerror}); name a directory that can")
 
 
 def save_checkpoint(run_dir, agent, optimizer, **progress):
     """Replaces checkpoint.pt in one move: at any moment it is the old one or the new one, whole."""
-    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
+    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"  # from memory, so that a full disk is an OSError
     torch.save({"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), **progress}, buffer)
     with open(temporary, "wb") as file:
         file.write(buffer.getbuffer())
@@ -400,8 +412,9 @@ def save_checkpoint(run_dir, agent, optimizer, **progress):
     os.replace(temporary, run_dir / "checkpoint.pt")
 
 
-def load_run(flag, args):
-    """Flags and checkpoint of the run that --resume or --evaluate names. Raises UsageError where it is none of ours."""
+def load_run(flag, args, compare=True):
+    """Flags and checkpoint of the run that --resume or --evaluate names. Raises UsageError where it is none of ours,
+    and, with `compare`, for a flag of args that contradicts the run's."""
     path = Path(getattr(args, flag))
     if not (path / "args.json").is_file():
         reject(flag, path, "is no run directory" if path.is_dir() else f"does not exist; runs are in {args.runs_dir}/")
@@ -412,9 +425,12 @@ def load_run(flag, args):
             for name, size in checkpoint["sizes"].items():
                 assert (path / name).stat().st_size >= size, f"{name} is shorter than it was"
     except Exception as error:
-        reject(flag, path, f"is damaged ({str(error).strip().splitlines()[0][:80]!r}); name another run")
+        reject(flag, path, f"args.json or checkpoint.pt is damaged ({first_line(error)}); name another run")
     if script != SCRIPT:
         reject(flag, path, f"is a run of {script}: use that script")
+    for name, value in vars(saved).items():
+        if compare and getattr(args, name) != value and name not in MAY_DIFFER[flag]:
+            reject(name, getattr(args, name), f"contradicts the run of --{flag}, which has {value}")
     return saved, checkpoint
 
 
@@ -425,14 +441,14 @@ def start_tracking(args, run_dir):
 
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex)
     options = {"project": args.wandb_project_name, "name": run_dir.name, "id": id_file.read_text(), "resume": "allow"}
-    options |= {"config": vars(args), "dir": run_dir}
-    settings = wandb.Settings(init_timeout=10, finish_timeout=60)
+    options |= {"config": vars(args), "dir": run_dir, "settings": wandb.Settings(init_timeout=10, finish_timeout=60)}
+    mode = wandb.setup().settings.mode
     try:
-        mode = "offline" if settings.mode == "online" and not wandb.login(prompt=False) else settings.mode
-        tracker = wandb.init(**options, mode=mode, settings=settings)
-    except wandb.Error:
+        mode = "offline" if mode == "online" and not wandb.login(prompt=False) else mode
+        tracker = wandb.init(**options, mode=mode)
+    except Exception:
         mode, tracker = "offline", wandb.init(**options, mode="offline")
     if mode == "offline":
         print(f"Weights & Biases is offline; later: wandb sync {run_dir}/wandb/offline-run-*")
@@ -443,10 +459,15 @@ def start_tracking(args, run_dir):
 class Logger:
     """metrics.csv, a row per iteration; episodes.csv, a row per finished episode; W&B; and the progress shown."""
 
-    def __init__(self, args, run_dir, sizes):
+    def __init__(self, args, run_dir, total_steps, sizes):
         """sizes: the lengths of the files at the checkpoint to go on from; what is beyond them is made again."""
-        self.tracker = start_tracking(args, run_dir) if args.track else None
-        self.recent, self.total, self.shown = deque(maxlen=100), args.iterations * args.num_envs * args.num_steps, 0
+        self.tracker = None
+        if args.track:
+            try:
+                self.tracker = start_tracking(args, run_dir)
+            except Exception as error:
+                print(f"{SCRIPT}: not tracked: {first_line(error)}", file=sys.stderr)
+        self.recent_returns, self.total, self.shown = deque(maxlen=100), total_steps, 0
         self.files = {name: open(run_dir / name, "a", newline="") for name in HEADERS}
         for name, file in self.files.items():
             file.truncate(sizes.get(name, 0))
@@ -457,10 +478,11 @@ class Logger:
     def log(self, name, *row):
         csv.writer(self.files[name]).writerow(row)
         if self.tracker:
-            self.tracker.log({key: value for key, value in zip(HEADERS[name].split(), row) if value != ""})
+            pairs = zip(HEADERS[name].split(), row)
+            self.tracker.log({k if k == "global_step" else f"{name[:-4]}/{k}": v for k, v in pairs if v != ""})
 
     def show(self, step, sps):
-        score = f"return {np.mean(self.recent):.2f}" if self.recent else "no episode yet"
+        score = f"return {np.mean(self.recent_returns):.2f}" if self.recent_returns else "no episode yet"
         self.bar.set_postfix_str(score, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (time.monotonic() > self.shown + 5 or step == self.total):
@@ -473,7 +495,7 @@ class Logger:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        return {name: file.tell() for name, file in self.files.items()}
+        return {name: os.fstat(file.fileno()).st_size for name, file in self.files.items()}
 
     def close(self):
         self.bar.close()
@@ -483,60 +505,70 @@ class Logger:
             self.tracker.finish()
 
 
-def train(args, checkpoint=None):
-    """Trains an agent, or goes on from the checkpoint of the run in args.resume; returns the run directory."""
+def train(args):
+    """Trains an agent, or goes on with the run in args.resume; returns the run directory."""
     args.check()
-    if checkpoint and checkpoint["iteration"] == args.iterations:
-        print(f"{args.resume} is finished: all its {args.iterations} iterations are done")
+    T, N, M, batch_size = args.num_steps, args.num_envs, args.num_minibatches, args.num_steps * args.num_envs
+    iterations = args.total_timesteps // batch_size
+    if batch_size % M:
+        reject("num_minibatches", M, f"must divide num_envs * num_steps = {batch_size}")
+    if iterations == 0:
+        reject("total_timesteps", args.total_timesteps, f"must be at least one rollout, {batch_size}")
+    checkpoint = load_run("resume", args)[1] if args.resume else None
+    if checkpoint and checkpoint["iteration"] == iterations:
+        print(f"{args.resume} is finished: all its {iterations} iterations are done")
         return Path(args.resume)
     device = setup_device(args)
     envs = make_envs(args)
     if args.capture_video:
         check_renderer(args)
-    T, N, M, batch_size = args.num_steps, args.num_envs, args.num_minibatches, args.num_steps * args.num_envs
-    ten_episodes = math.ceil(10 * (envs.spec.max_episode_steps or 0) / T)
-    save_every = max(math.ceil(args.iterations / 20), ten_episodes) if args.save_every is None else args.save_every
-    save_every = save_every or args.iterations
-    if save_every < min(ten_episodes, args.iterations):
-        print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
     if args.total_timesteps % batch_size:
-        print(f"{args.total_timesteps:,} steps are rounded down to {args.iterations} iterations of {batch_size}")
+        print(f"{args.total_timesteps:,} steps are rounded down to {iterations} iterations of {batch_size}")
+    ten_episodes = math.ceil(10 * (envs.spec.max_episode_steps or 0) / T)  # in iterations
+    save_every = max(math.ceil(iterations / 20), ten_episodes) if args.save_every is None else args.save_every
+    save_every = save_every or iterations
+    if save_every < min(ten_episodes, iterations):
+        print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
 
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
     parameters = flat_parameters(agent)
     optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
-    small = batch_size // M * parameters.numel() < 5e7  # sharing less work between threads costs more than it saves
-    torch.set_num_threads(args.threads or (1 if small else torch.get_num_threads()))
+    little_work = batch_size // M * parameters.numel() < 5e7  # more threads then cost more than they save (measured)
+    torch.set_num_threads(args.threads or (1 if little_work else CPU_THREADS))
     loss_function = ppo_loss
     if args.compile:
         loss_function = torch.compile(ppo_loss, mode="reduce-overhead" if device.type == "cuda" else None)
 
+    obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)  # the last starts the next rollout
+    actions = torch.zeros((T, N), dtype=torch.int64, device=device)
+    rewards = np.zeros((T, N), np.float32)
+    terminated, done, valid = np.zeros((3, T, N), bool)
+
     if args.resume:
-        run_dir, logger = Path(args.resume), Logger(args, Path(args.resume), checkpoint["sizes"])
+        run_dir = Path(args.resume)
+        logger = Logger(args, run_dir, iterations * batch_size, checkpoint["sizes"])
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     else:
         run_dir = new_run_dir(args)
-        logger = Logger(args, run_dir, {})
+        logger = Logger(args, run_dir, iterations * batch_size, {})
         checkpoint = {"iteration": 0, "seconds": 0.0, "sizes": logger.sync()}
         save_checkpoint(run_dir, agent, optimizer, **checkpoint)
     print(f"{args.env_id} on {device}, {torch.get_num_threads()} thread(s); the run is kept in {run_dir}", flush=True)
 
-    obs = np.zeros((T + 1, N, envs.single_observation_space.shape[0]), np.float32)
-    actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-    rewards = np.zeros((T, N), np.float32)
-    terminated, done, valid = np.zeros((3, T, N), bool)
     saved, began = checkpoint["iteration"], time.perf_counter() - checkpoint["seconds"]
     try:
-        for iteration in range(saved + 1, args.iterations + 1):
+        for iteration in range(saved + 1, iterations + 1):
             started, first_step = time.perf_counter(), (iteration - 1) * batch_size
             if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.iterations)  # (lr)
-            if iteration - 1 == saved:  # after every checkpoint the worlds are new, also in a resumed run
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)  # (lr)
+            if iteration - 1 == saved:
+                # At the start and after every checkpoint the environments are built anew, here and in a resumed run
+                # alike: no state of a simulator needs saving. It cuts the running episodes short, as a time limit does.
                 envs.close()
-                envs, obs[-1] = start_worlds(args, iteration)
-                ended, discounted = np.zeros(N, bool), torch.zeros(N, device=device)
+                envs, obs[-1] = new_worlds(args, iteration)
+                previous_done, return_carry = np.zeros(N, bool), torch.zeros(N, device=device)
                 episodic_return, episodic_length = np.zeros(N), np.zeros(N, int)
 
             # Act 1, rollout. With NEXT_STEP autoreset the step after an episode's last ignores the action and returns
@@ -545,14 +577,15 @@ def train(args, checkpoint=None):
             obs[0] = obs[-1]
             with torch.inference_mode():
                 for t in range(T):
+                    exit_if_stopped()
                     actions[t] = agent.act(agent.normalize(torch.from_numpy(obs[t]).to(device)), noise[t])
                     obs[t + 1], reward, terminated[t], truncated, _ = envs.step(agent.env_action(actions[t]))
-                    valid[t] = ~ended
-                    done[t] = ended = terminated[t] | truncated
                     rewards[t] = reward
+                    valid[t] = ~previous_done
+                    done[t] = previous_done = terminated[t] | truncated
                     episodic_return += reward
                     episodic_length += valid[t]
-                    for n in np.flatnonzero(ended):
+                    for n in np.flatnonzero(done[t]):
                         finished.append((first_step + (t + 1) * N, float(episodic_return[n]), int(episodic_length[n])))
                         episodic_return[n], episodic_length[n] = 0.0, 0
 
@@ -562,56 +595,62 @@ def train(args, checkpoint=None):
                 x = agent.normalize(torch.from_numpy(obs).to(device))
                 old_log_prob, _ = agent.evaluate_actions(x[:-1], actions)
                 values = agent.value(x)
-                reward, over, end, live = (torch.from_numpy(y).to(device) for y in (rewards, terminated, done, valid))
+                arrays = (rewards, terminated, done, valid)
+                reward, is_terminated, is_done, is_valid = (torch.from_numpy(array).to(device) for array in arrays)
                 if args.norm_reward:
-                    reward, discounted = scale_rewards(reward, end, live, agent.return_stats, args.gamma, discounted)
-                over, weight = over if args.bootstrap_truncated else end, live.float()
-                advantages = compute_gae(reward, values, over, end, args.gamma, args.gae_lambda)
+                    stats = agent.return_stats
+                    reward, return_carry = scale_rewards(reward, is_done, is_valid, stats, args.gamma, return_carry)
+                no_bootstrap = is_terminated if args.bootstrap_truncated else is_done
+                advantages = compute_gae(reward, values, no_bootstrap, is_done, args.gamma, args.gae_lambda)
                 returns = advantages + values[:-1]  # (return)
+                weight = is_valid.float()
                 if args.norm_adv and args.norm_adv_over == "batch":
-                    advantages = normalize_advantages(advantages.flatten(), weight.flatten()).view_as(advantages)
+                    advantages = normalize_advantages(advantages.flatten(), weight.flatten()).view_as(weight)
                 batch = (x[:-1], actions, old_log_prob, values[:-1], returns, advantages, weight)
-                batch = [y.flatten(0, 1) for y in batch]  # (T, N, …) → (T N, …)
+                batch = [tensor.flatten(0, 1) for tensor in batch]  # (T, N, …) → (T N, …)
 
-            # Act 3, update: every epoch goes once over all rows, in random minibatches.
-            parts, log_ratios, weights = [], [], []
+            # Act 3, update. Every epoch shuffles all rows and goes once over them, in M minibatches.
+            losses, log_ratios, weights = [], [], []
             for _ in range(args.update_epochs):
+                exit_if_stopped()
                 order = torch.randperm(batch_size, device=device)
-                *rows, advantages, weight = (y[order].unflatten(0, (M, -1)) for y in batch)
+                *rows, adv, w = (tensor[order].unflatten(0, (M, -1)) for tensor in batch)  # (M, B, …)
                 if args.norm_adv and args.norm_adv_over == "minibatch":
-                    advantages = normalize_advantages(advantages, weight)
-                for minibatch in zip(*rows, advantages, weight):
-                    loss, *losses, log_ratio = loss_function(agent, args, *minibatch)
+                    adv = normalize_advantages(adv, w)  # of each of the M minibatches by itself
+                for minibatch in zip(*rows, adv, w):
+                    loss, *parts, log_ratio = loss_function(agent, args, *minibatch)
                     parameters.grad.zero_()
                     loss.backward()
                     grad_norm = parameters.grad.norm()
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                     optimizer.step()
-                    parts.append(torch.stack((*losses, grad_norm)))
+                    losses.append(torch.stack((*parts, grad_norm)))
                     log_ratios.append(log_ratio.clone())
-                weights.append(weight)
+                weights.append(w)
                 if args.target_kl is not None:
-                    _, kl, _, _ = diagnostics(torch.stack(log_ratios[-M:]), weight, args.clip_coef)
+                    _, kl, _, _ = diagnostics(torch.stack(log_ratios[-M:]), w, args.clip_coef)
                     if kl > args.target_kl:
                         break
             if args.norm_obs:  # not before: the update must see what the policy saw
                 agent.obs_stats.update(torch.from_numpy(obs[:-1][valid]).to(device))
 
-            policy, value, entropy, grad_norm = torch.stack(parts).mean(0).tolist()
-            if not all(map(math.isfinite, (policy, value, entropy, grad_norm))):
+            means = torch.stack(losses).mean(0).tolist()
+            kept_values = (parameters.detach().sum(), agent.obs_stats.var.sum(), agent.return_stats.var.sum())
+            if not all(map(math.isfinite, (*means, *kept_values))):
                 kept = f"{run_dir} keeps the checkpoint of iteration {saved}"
-                raise FloatingPointError(f"iteration {iteration}: a loss is not finite; {kept}")
-            ratios = diagnostics(torch.stack(log_ratios), torch.cat(weights), args.clip_coef)
-            score, length = ("", "") if not finished else np.mean(finished, 0)[1:].tolist()
-            row = [iteration, iteration * batch_size, len(finished), score, length, policy, value, entropy, *ratios]
-            row += [explained_variance(values[:-1][live], returns[live]), grad_norm, optimizer.param_groups[0]["lr"]]
+                raise FloatingPointError(f"iteration {iteration}: a loss or a weight is not finite; {kept}")
+            kl_and_clipping = diagnostics(torch.stack(log_ratios), torch.cat(weights), args.clip_coef)
+            variance = explained_variance(values[:-1][is_valid], returns[is_valid])
+            score, length = np.mean(finished, 0)[1:].tolist() if finished else ("", "")
             seconds, sps = time.perf_counter() - began, batch_size / (time.perf_counter() - started)
+            row = [iteration, iteration * batch_size, len(finished), score, length, *means[:3], *kl_and_clipping]
+            row += [variance, means[3], optimizer.param_groups[0]["lr"], round(sps), round(seconds, 3)]
             for episode in finished:
                 logger.log("episodes.csv", *episode)
-                logger.recent.append(episode[1])
-            logger.log("metrics.csv", *row, round(sps), round(seconds, 3))
+                logger.recent_returns.append(episode[1])
+            logger.log("metrics.csv", *row)
             logger.show(iteration * batch_size, sps)
-            if iteration % save_every == 0 or iteration == args.iterations:
+            if iteration % save_every == 0 or iteration == iterations:
                 sizes = logger.sync()  # the rows reach the disk before the checkpoint that covers them
                 save_checkpoint(run_dir, agent, optimizer, iteration=iteration, seconds=seconds, sizes=sizes)
                 saved = iteration
@@ -619,8 +658,8 @@ def train(args, checkpoint=None):
                     videos = run_dir / "videos" / f"iteration-{iteration}"
                     evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
     except (KeyboardInterrupt, SystemExit):
-        step = saved * batch_size
-        print(f"\nstopped; `python {SCRIPT} --resume {run_dir}` continues from step {step:,}", file=sys.stderr)
+        command = f"python {SCRIPT} --resume {shlex.quote(str(run_dir))}"
+        print(f"\nstopped; `{command}` continues from step {saved * batch_size:,}", file=sys.stderr)
         raise
     finally:
         with contextlib.suppress(Exception):  # workers that were interrupted may be gone already
@@ -638,49 +677,50 @@ def evaluate(args, state, video_dir=None):
     """
     args.check()
     device = setup_device(args)
-    envs, obs = start_worlds(args, 0, video_dir)
+    if video_dir:
+        check_renderer(args)
+    envs, obs = new_worlds(args, 0, video_dir)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
     agent.load_state_dict(state)
-    returns, current = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
-    while min(map(len, returns)) < args.eval_episodes:
+    scores, running = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
+    while min(map(len, scores)) < args.eval_episodes:
+        exit_if_stopped()
         noise = agent.noise(args.num_envs) * (not args.greedy)
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32, device=device))
         obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(x, noise)))
-        current += reward
+        running += reward
         for n in np.flatnonzero(terminated | truncated):
-            returns[n].append(current[n])
-            current[n] = 0.0  # the next step only resets, with reward 0
+            scores[n].append(running[n])
+            running[n] = 0.0  # the next step only resets, with reward 0
     envs.close()
-    returns = np.array([several[: args.eval_episodes] for several in returns])
-    print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}, {returns.size} episodes:")
-    print(*(f"{value:.2f}" for value in returns.flatten()))
-    return returns
+    scores = np.array([finished[: args.eval_episodes] for finished in scores])
+    print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}, {scores.size} episodes:")
+    print(*(f"{score:.2f}" for score in scores.flatten()))
+    return scores
 
 
 def main():
     """The command line. Exit status: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program wherever it is
+        signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     args = tyro.cli(Args, description=__doc__)
     try:
-        checkpoint, flag = None, "evaluate" if args.evaluate else "resume"
-        if getattr(args, flag):  # the run's own flags take the place of the defaults, and few may differ
-            saved, checkpoint = load_run(flag, args)
+        if args.resume and args.evaluate:
+            reject("evaluate", args.evaluate, "cannot go with --resume; resume first, then evaluate")
+        if args.resume or args.evaluate:  # the run's own flags take the place of the defaults
+            saved, _ = load_run("resume" if args.resume else "evaluate", args, compare=False)
+            saved.capture_video &= args.resume is not None
             args = tyro.cli(Args, description=__doc__, default=saved)
-            for name, value in vars(saved).items():
-                if getattr(args, name) != value and name not in MAY_DIFFER[flag]:
-                    reject(name, getattr(args, name), f"contradicts the run of --{flag}, which has {value}")
         if args.evaluate:
-            if args.capture_video:
-                check_renderer(args)
+            _, checkpoint = load_run("evaluate", args)
             videos = Path(args.evaluate) / "videos" / f"evaluation-{time.time_ns()}" if args.capture_video else None
             evaluate(args, checkpoint["agent"], videos)
         else:
-            train(args, checkpoint)
+            train(args)
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, MemoryError, OSError) as error:
         print(f"{SCRIPT}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
 

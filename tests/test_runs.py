@@ -84,10 +84,10 @@ def load(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
-def slow(iterations=40, **variables):
+def slow(iterations=20, **variables):
     """The arguments of `start` for a run with a checkpoint every second iteration and time to stop it between."""
     argv = [*SMALL, "--env-id", "environments:Slow-v0", "--total-timesteps", iterations * BATCH, "--save-every", 2]
-    return argv, {"SLOW": "0.01", **variables}
+    return argv, {"SLOW": "0.015", **variables}
 
 
 def interrupt(program, tmp_path, send):
@@ -96,6 +96,7 @@ def interrupt(program, tmp_path, send):
         if any(load(path.parent)["iteration"] for path in tmp_path.glob("runs/*/checkpoint.pt")):
             break
         time.sleep(0.02)
+    time.sleep(0.2)  # into the next rollout, where workers are at work
     send(program.pid)
     return program.communicate(timeout=60)[1]
 
@@ -128,7 +129,7 @@ def test_tracking_without_a_key_asks_nothing(start, tmp_path):
 
 
 def test_a_resumed_run_continues_its_record(start, tmp_path):
-    argv, variables = slow(20, WANDB_MODE="offline")
+    argv, variables = slow(WANDB_MODE="offline")
     program = start(*argv, "--track", variables=variables)
     interrupt(program, tmp_path, lambda pid: os.kill(pid, signal.SIGTERM))
     assert program.returncode == 143
@@ -159,8 +160,7 @@ def test_a_server_that_never_answers(start, tmp_path, mode):
     ("mode", "number", "send", "status"),
     [
         ("sync", signal.SIGTERM, os.kill, 143),
-        ("sync", signal.SIGINT, os.killpg, 130),  # a terminal's Ctrl-C goes to the whole process group,
-        ("async", signal.SIGINT, os.killpg, 130),
+        ("async", signal.SIGINT, os.killpg, 130),  # a terminal sends Ctrl-C to the whole process group,
         ("async", signal.SIGTERM, os.killpg, 143),  # and so does what `timeout` and batch systems send
         ("sync", signal.SIGKILL, os.kill, -9),
     ],
@@ -172,14 +172,14 @@ def test_a_stopped_run_goes_on(start, call, tmp_path, mode, number, send, status
     assert program.returncode == status
     run_dir = only_run(tmp_path)
     step = load(run_dir)["iteration"] * BATCH
-    assert 0 < step < 40 * BATCH
+    assert 0 < step < 20 * BATCH
     expected = f"stopped; `python ppo.py --resume runs/{run_dir.name}` continues from step {step:,}"
     assert message.strip() == (expected if number != signal.SIGKILL else "")
 
     status, output, _ = call("--resume", f"runs/{run_dir.name}")
-    assert status == 0 and f"step {40 * BATCH:,} of {40 * BATCH:,}" in output
-    assert [int(row["iteration"]) for row in rows(run_dir)] == list(range(1, 41))
-    assert load(run_dir)["iteration"] == 40
+    assert status == 0 and f"step {20 * BATCH:,} of {20 * BATCH:,}" in output
+    assert [int(row["iteration"]) for row in rows(run_dir)] == list(range(1, 21))
+    assert load(run_dir)["iteration"] == 20
 
 
 # Failures
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
     argv = [*SMALL, "--env-id", "NanReward-v0", "--total-timesteps", 20 * BATCH, "--save-every", 4]
     status, _, message = call(*argv)
     assert status == 1
-    pattern = r"ppo.py: stopped: iteration (\d+): a loss is not finite; (.*) keeps the checkpoint of iteration (\d+)\n"
+    pattern = r"ppo.py: stopped: iteration (\d+): a loss or a weight is not finite; (.*) keeps the checkpoint of iteration (\d+)\n"
     iteration, run_dir, saved = re.fullmatch(pattern, message).groups()
     checkpoint = load(Path(run_dir))
     assert checkpoint["iteration"] == int(saved) and int(saved) < int(iteration) <= int(saved) + 4

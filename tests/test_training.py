@@ -284,8 +284,7 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
             train(tmp_path / "crashed", **flags)
     run_dir = next((tmp_path / "crashed").iterdir())
     assert len(read(run_dir / "metrics.csv")) == 10
-    args = ppo.Args(runs_dir=str(tmp_path / "crashed"), resume=str(run_dir), **flags)
-    ppo.train(args, torch.load(run_dir / "checkpoint.pt", weights_only=True))
+    ppo.train(ppo.Args(runs_dir=str(tmp_path / "crashed"), resume=str(run_dir), **flags))
     assert outcome(run_dir) == outcome(whole)
 
 
