@@ -86,7 +86,8 @@ def ppo_speed():
         cells = [f"`{name}`", number(np.median([turn[name] for turn in data["rounds"]]), 0)]
         for peer in peers:
             ratios = [turn[name] / turn[peer] for turn in data["rounds"]]
-            cells.append(f"**{np.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f})")
+            ratio = f"**{np.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"
+            cells.append("" if name == peer or "num-envs" in name else ratio)  # only where all else is equal
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"{data['machine']}; {len(data['rounds'])} rounds of all programs in turn, one thread each."]
     return lines

@@ -190,7 +190,8 @@ def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
     argv = [*SMALL, "--env-id", "NanReward-v0", "--total-timesteps", 20 * BATCH, "--save-every", 4]
     status, _, message = call(*argv)
     assert status == 1
-    pattern = r"ppo.py: stopped: iteration (\d+): a loss or a weight is not finite; (.*) keeps the checkpoint of iteration (\d+)\n"
+    pattern = r"ppo.py: stopped: iteration (\d+): a loss or a weight is not finite; (.*) keeps the checkpoint of "
+    pattern += r"iteration (\d+)\n"
     iteration, run_dir, saved = re.fullmatch(pattern, message).groups()
     checkpoint = load(Path(run_dir))
     assert checkpoint["iteration"] == int(saved) and int(saved) < int(iteration) <= int(saved) + 4

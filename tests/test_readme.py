@@ -1,0 +1,28 @@
+"""What the README says is so."""
+
+import re
+from pathlib import Path
+
+import report
+
+import ppo
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_every_table_of_results_follows_from_the_raw_data():
+    assert report.render(README.read_text()) == README.read_text()
+
+
+def test_every_flag_that_the_readme_names_exists():
+    flags = {flag.replace("-", "_") for flag in re.findall(r"`?--([a-z][a-z-]+)", README.read_text())}
+    known = {*vars(ppo.Args()), "help", "index_url"}
+    assert flags - known == set()
+    assert len(flags) > 10
+
+
+def test_every_equation_of_the_script_is_explained():
+    labels = "ratio clip vf vf-clip entropy total td gae return norm valid categorical obs-norm rew-norm lr k1 k3 ev"
+    script, text = Path(ppo.__file__).read_text(), README.read_text()
+    for label in labels.split():
+        assert f"({label})" in script and f"**({label})**" in text, label
