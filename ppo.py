@@ -8,7 +8,7 @@
 Map: Args, the flags · make_envs · RunningStats and Agent, the networks · compute_gae, policy_loss, value_loss and the
 rest of the mathematics, labelled like (gae) as in the README · evaluate · the run directory: checkpoints and logs ·
 train, the algorithm: rollout, advantages, update · main, the command line.
-ppo_continuous.py differs in its Gaussian policy and its defaults, ppo_atari.py in its network for pixels.
+ppo_continuous.py differs in its Gaussian policy and its defaults.
 """
 
 import contextlib
@@ -237,9 +237,9 @@ class Agent(nn.Module):
     takes observations; everything else takes what it returns.
     """
 
-    def __init__(self, observation_space, action_space, norm_obs=False):
+    def __init__(self, observation_space, action_space, args):
         super().__init__()
-        self.norm_obs = norm_obs
+        self.norm_obs = args.norm_obs
         self.num_actions = int(action_space.n)
         self.register_buffer("first_action", torch.tensor(int(action_space.start)))
         self.obs_stats = RunningStats(observation_space.shape[0])
@@ -531,7 +531,7 @@ def train(args):
         print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
 
     torch.manual_seed(args.seed)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     parameters = flat_parameters(agent)
     optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
     little_work = batch_size // M * parameters.numel() < 5e7  # more threads then cost more than they save (measured)
@@ -680,7 +680,7 @@ def evaluate(args, state, video_dir=None):
     if video_dir:
         check_renderer(args)
     envs, obs = new_worlds(args, 0, video_dir)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     agent.load_state_dict(state)
     scores, running = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
     while min(map(len, scores)) < args.eval_episodes:

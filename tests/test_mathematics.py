@@ -116,7 +116,8 @@ def test_value_loss_clipped(value, old, target, loss, slope):
 
 def make_agent(size=4, actions=4, start=0, norm_obs=False):
     torch.manual_seed(1)
-    return ppo.Agent(gym.spaces.Box(-1, 1, (size,)), gym.spaces.Discrete(actions, start=start), norm_obs)
+    spaces = gym.spaces.Box(-1, 1, (size,)), gym.spaces.Discrete(actions, start=start)
+    return ppo.Agent(*spaces, Args(norm_obs=norm_obs))
 
 
 def test_categorical_log_probability_and_entropy():

@@ -38,7 +38,7 @@ def train(tmp_path, **flags):
 
 def load_agent(run_dir, args):
     envs = ppo.make_envs(args)
-    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs)
+    agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
     agent.load_state_dict(torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
     return agent
 

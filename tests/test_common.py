@@ -1,0 +1,70 @@
+"""The scripts share no module, so what does the same job in two of them must be the same text in both."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["ppo.py", "ppo_continuous.py"]
+SAME = [
+    "UsageError", "reject", "first_line", "Args.check", "exit_if_stopped", "check_renderer", "new_worlds",
+    "setup_device", "RunningStats", "mlp", "Agent.normalize", "Agent.value", "flat_parameters", "masked_mean",
+    "compute_gae", "policy_loss", "value_loss", "normalize_advantages", "scale_rewards", "ppo_loss", "diagnostics",
+    "explained_variance", "new_run_dir", "save_checkpoint", "load_run", "start_tracking", "Logger", "evaluate", "main",
+]  # fmt: skip
+SAME_CONSTANTS = ["LIMITS", "MAY_DIFFER", "HEADERS", "CPU_THREADS", "STOP_SIGNALS"]
+ONLY_HERE = {"ppo_continuous.py": {"initial_log_std", "rescale_actions", "recompute_advantages"}}
+
+
+def definitions(script):
+    """{name: source} of the functions, classes, methods and constants of a script."""
+    text = (ROOT / script).read_text()
+    found = {}
+
+    def visit(nodes, prefix=""):
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found[prefix + node.name] = ast.get_source_segment(text, node)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[prefix + node.targets[0].id] = ast.get_source_segment(text, node)
+
+    visit(ast.parse(text).body)
+    return found
+
+
+@pytest.mark.parametrize("other", SCRIPTS[1:])
+@pytest.mark.parametrize("name", SAME + SAME_CONSTANTS)
+def test_the_same_job_is_the_same_text(name, other):
+    assert definitions(SCRIPTS[0])[name] == definitions(other)[name]
+
+
+@pytest.mark.parametrize("other", SCRIPTS[1:])
+def test_flags_of_one_name_have_one_text(other):
+    first, second = (fields(script) for script in (SCRIPTS[0], other))
+    assert second.keys() - first.keys() == ONLY_HERE.get(other, set())
+    assert first.keys() <= second.keys()
+    differ = [name for name in first if first[name] != second[name]]
+    assert differ == ["env_id"]  # discrete, continuous
+
+
+def fields(script):
+    """{flag: its type and comment}, without the default."""
+    lines = re.findall(r"^    (\w+): (.+) = .+?  # (.+)$", definitions(script)["Args"], re.M)
+    return {name: (annotation, comment) for name, annotation, comment in lines}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_text(script):
+    module = __import__(script.removesuffix(".py"))
+    assert set(fields(script)) == {field.name for field in dataclasses.fields(module.Args)}
+
+
+@pytest.mark.parametrize("other", SCRIPTS[1:])
+def test_little_of_the_training_loop_differs(other):
+    first, second = (definitions(script)["train"].splitlines() for script in (SCRIPTS[0], other))
+    assert len(set(first) ^ set(second)) <= 24
