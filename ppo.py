@@ -171,12 +171,14 @@ def make_envs(args, video_dir=None):
 def check_renderer(args):
     """Raises UsageError where no picture of the environment can be made here."""
     try:
-        env = gym.make(args.env_id, render_mode="rgb_array")
-        env.reset()
-        env.render()
-        env.close()
+        with warnings.catch_warnings(action="ignore"):  # the error says it too
+            env = gym.make(args.env_id, render_mode="rgb_array")
+            env.reset()
+            env.render()
+            env.close()
     except Exception as error:
-        reject("capture_video", True, f"{args.env_id} cannot be filmed here: {first_line(error)}")
+        advice = f"{first_line(error)} (MuJoCo needs a display, or MUJOCO_GL=egl or osmesa)"
+        reject("capture_video", True, f"{args.env_id} cannot be filmed here: {advice}")
 
 
 def new_worlds(args, iteration, video_dir=None):

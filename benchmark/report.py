@@ -93,7 +93,23 @@ def ppo_speed():
     return lines
 
 
-TABLES = {"ppo-scores": ppo_scores, "ppo-speed": ppo_speed}
+def continuous_defaults():
+    found = runs("continuous-defaults")
+    variants = sorted({label.split("-", 2)[2] for label in found})
+    environments = sorted({"-".join(label.split("-")[:2]) for label in found})
+    lines = ["| environment | " + " | ".join(f"`{variant}`" for variant in variants) + " |"]
+    lines.append("|---" * (len(variants) + 1) + "|")
+    for environment in environments:
+        cells = [environment]
+        for variant in variants:
+            scores = np.array([last_100(run) for run in found.get(f"{environment}-{variant}", {}).values()])
+            each = ", ".join(number(score, 0) for score in scores)
+            cells.append(f"**{number(scores.mean(), 0)}** ({each})" if len(scores) else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+TABLES = {"ppo-scores": ppo_scores, "ppo-speed": ppo_speed, "continuous-defaults": continuous_defaults}
 
 
 def render(text):

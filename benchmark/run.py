@@ -5,6 +5,9 @@
 
 A study lists environments, flags and numbers of seeds. Each run leaves its flags and, compressed, its episodes and
 metrics in results/<study>/<label>-<seed>.*; delete those to make it again. report.py makes the tables.
+
+ppo                    the classic tasks of ppo.py
+continuous-defaults    the experiment that chose the default flags of ppo_continuous.py
 """
 
 import argparse
@@ -27,6 +30,11 @@ LUNAR_LANDER = (
     "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 32 --update-epochs 10 "
     "--gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003 --norm-obs --norm-reward"
 )
+LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
+VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
+    "norm-adv": "--norm-adv --vf-coef 0.5 --clip-vloss",
+    "no-norm-adv": "--no-norm-adv --vf-coef 0.25 --no-clip-vloss",
+}
 STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
     "ppo": (
         "ppo.py",
@@ -36,6 +44,10 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("MountainCar-v0", "MountainCar-v0", MOUNTAIN_CAR, 3),
             ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, 3),
         ],
+    ),
+    "continuous-defaults": (
+        "ppo_continuous.py",
+        [(f"{env}-{name}", env, flags, 3) for name, flags in VARIANTS.items() for env in LOCOMOTION],
     ),
 }
 
