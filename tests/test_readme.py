@@ -15,10 +15,10 @@ def test_every_table_of_results_follows_from_the_raw_data():
 
 
 def test_every_flag_that_the_readme_names_exists():
-    flags = {flag.replace("-", "_") for flag in re.findall(r"`?--([a-z][a-z-]+)", README.read_text())}
-    known = {*vars(ppo.Args()), "help", "index_url"}
-    assert flags - known == set()
+    flags = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", README.read_text()))
+    known = {*vars(ppo.Args()), *vars(ppo_continuous.Args()), "help", "index_url"}
     assert len(flags) > 10
+    assert {flag.replace("-", "_") for flag in flags} - known == set()
 
 
 def test_every_equation_of_the_script_is_explained():
@@ -26,3 +26,11 @@ def test_every_equation_of_the_script_is_explained():
     script, text = Path(ppo.__file__).read_text(), README.read_text()
     for label in labels.split():
         assert f"({label})" in script and f"**({label})**" in text, label
+
+
+def test_the_example_of_using_a_trained_agent_runs(tmp_path):
+    run_dir = ppo.train(ppo.Args(total_timesteps=512, runs_dir=str(tmp_path)))
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    names = {}
+    exec(example.replace("runs/DIR", str(run_dir)), names)
+    assert names["action"].shape == (4,) and set(names["action"]) <= {0, 1}
