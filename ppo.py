@@ -387,6 +387,37 @@ def explained_variance(values, returns):
     return (1 - (returns - values).var(unbiased=False) / variance).item() if variance > 0 else ""
 
 
+@torch.inference_mode()
+def evaluate(args, state, video_dir=None):
+    """Plays the agent of the state_dict `state`, its statistics frozen; prints and returns its returns.
+
+    They have the shape (num_envs, eval_episodes): as many of each environment, since the first to finish among all
+    would be the short ones.
+    """
+    args.check()
+    device = setup_device(args)
+    if video_dir:
+        check_renderer(args)
+    envs, obs = new_worlds(args, 0, video_dir)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    agent.load_state_dict(state)
+    scores, running = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
+    while min(map(len, scores)) < args.eval_episodes:
+        exit_if_stopped()
+        noise = agent.noise(args.num_envs) * (not args.greedy)
+        x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32, device=device))
+        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(x, noise)))
+        running += reward
+        for n in np.flatnonzero(terminated | truncated):
+            scores[n].append(running[n])
+            running[n] = 0.0  # the next step only resets, with reward 0
+    envs.close()
+    scores = np.array([finished[: args.eval_episodes] for finished in scores])
+    print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}, {scores.size} episodes:")
+    print(*(f"{score:.2f}" for score in scores.flatten()))
+    return scores
+
+
 def new_run_dir(args):
     """Makes runs_dir/env__exp__seed__time, with a suffix where that exists, and writes the flags to args.json."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -668,37 +699,6 @@ def train(args):
             envs.close()
         logger.close()
     return run_dir
-
-
-@torch.inference_mode()
-def evaluate(args, state, video_dir=None):
-    """Plays the agent of the state_dict `state`, its statistics frozen; prints and returns its returns.
-
-    They have the shape (num_envs, eval_episodes): as many of each environment, since the first to finish among all
-    would be the short ones.
-    """
-    args.check()
-    device = setup_device(args)
-    if video_dir:
-        check_renderer(args)
-    envs, obs = new_worlds(args, 0, video_dir)
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    agent.load_state_dict(state)
-    scores, running = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
-    while min(map(len, scores)) < args.eval_episodes:
-        exit_if_stopped()
-        noise = agent.noise(args.num_envs) * (not args.greedy)
-        x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32, device=device))
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(agent.act(x, noise)))
-        running += reward
-        for n in np.flatnonzero(terminated | truncated):
-            scores[n].append(running[n])
-            running[n] = 0.0  # the next step only resets, with reward 0
-    envs.close()
-    scores = np.array([finished[: args.eval_episodes] for finished in scores])
-    print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}, {scores.size} episodes:")
-    print(*(f"{score:.2f}" for score in scores.flatten()))
-    return scores
 
 
 def main():

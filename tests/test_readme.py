@@ -6,6 +6,7 @@ from pathlib import Path
 import report
 
 import ppo
+import ppo_continuous
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -171,6 +171,24 @@ def test_metrics_have_the_documented_columns_and_the_annealed_learning_rate(tmp_
     assert float(rows[0]["entropy"]) == pytest.approx(math.log(2), abs=0.01)
 
 
+def test_adam_has_the_constants_that_the_field_agreed_on(tmp_path):
+    group = torch.load(train(tmp_path, total_timesteps=512) / "checkpoint.pt", weights_only=True)["optimizer"]
+    group = group["param_groups"][0]
+    assert group["eps"] == 1e-5 and tuple(group["betas"]) == (0.9, 0.999) and group["weight_decay"] == 0
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for(tmp_path, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+    spy = lambda self: norms.append(self.param_groups[0]["params"][0].grad.norm().item()) or step(self)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    rows = read(train(tmp_path, total_timesteps=512, max_grad_norm=0.1) / "metrics.csv")
+    assert len(norms) == 16 and max(norms) == pytest.approx(0.1, rel=1e-3)
+    assert float(rows[0]["grad_norm"]) > 0.2  # what is logged is the norm before
+    norms.clear()
+    train(tmp_path, total_timesteps=512, max_grad_norm=math.inf)
+    assert np.mean(norms) == pytest.approx(float(rows[0]["grad_norm"]), rel=0.2)
+
+
 def test_target_kl_stops_after_the_epoch_that_exceeds_it(tmp_path, monkeypatch):
     losses = []
     record(monkeypatch, "ppo_loss", losses)
