@@ -326,6 +326,13 @@ def test_an_agent_saved_and_loaded_acts_identically(tmp_path, capsys):
     assert all(torch.equal(after[name], value) for name, value in saved.state_dict().items())
 
 
+def test_evaluation_plays_whole_episodes_as_many_in_each_environment():
+    args = ppo.Args(env_id="Ring-v0", num_envs=3, eval_episodes=4)
+    envs = ppo.make_envs(args)
+    state = ppo.Agent(envs.single_observation_space, envs.single_action_space, args).state_dict()
+    assert ppo.evaluate(args, state).tolist() == [[1 + 2 + 3 + 1] * 4] * 3
+
+
 def test_compiled_training_equals_eager_and_compiles_once(tmp_path):
     torch._dynamo.reset()
     eager = read(train(tmp_path, total_timesteps=2048) / "metrics.csv")
