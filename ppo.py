@@ -8,7 +8,7 @@
 Map: Args, the flags · make_envs · RunningStats and Agent, the networks · compute_gae, policy_loss, value_loss and the
 rest of the mathematics, labelled like (gae) as in the README · evaluate · the run directory: checkpoints and logs ·
 train, the algorithm: rollout, advantages, update · main, the command line.
-ppo_continuous.py differs in its Gaussian policy and its defaults.
+ppo_continuous.py differs in its Gaussian policy, in estimating the advantages anew for every epoch, and in defaults.
 """
 
 import contextlib
@@ -115,7 +115,6 @@ class Args:
     track: bool = False  # log to Weights & Biases; offline where it cannot be reached
     wandb_project_name: str = "ppo"  # project on Weights & Biases
 
-
     def check(self):
         """Raises UsageError for flags that no environment can work with."""
         for (low, high), names in LIMITS.items():
@@ -123,6 +122,7 @@ class Args:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:  # also rejects nan
                     reject(name, value, f"must be in [{low}, {high}]")
+
 
 def exit_if_stopped():
     """Ends the program between two steps of the environments, where all of its processes can be ended cleanly."""

@@ -8,7 +8,7 @@
 Map: Args, the flags · make_envs · RunningStats and Agent, the networks · compute_gae, policy_loss, value_loss and the
 rest of the mathematics, labelled like (gae) as in the README · evaluate · the run directory: checkpoints and logs ·
 train, the algorithm: rollout, advantages, update · main, the command line.
-ppo.py differs in its policy for discrete actions and its defaults.
+ppo.py differs in its policy for discrete actions, in estimating the advantages once, and in its defaults.
 """
 
 import contextlib
@@ -119,7 +119,6 @@ class Args:
     track: bool = False  # log to Weights & Biases; offline where it cannot be reached
     wandb_project_name: str = "ppo"  # project on Weights & Biases
 
-
     def check(self):
         """Raises UsageError for flags that no environment can work with."""
         for (low, high), names in LIMITS.items():
@@ -127,6 +126,7 @@ class Args:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:  # also rejects nan
                     reject(name, value, f"must be in [{low}, {high}]")
+
 
 def exit_if_stopped():
     """Ends the program between two steps of the environments, where all of its processes can be ended cleanly."""
@@ -246,18 +246,16 @@ class Agent(nn.Module):
     def __init__(self, observation_space, action_space, args):
         super().__init__()
         self.norm_obs = args.norm_obs
+        self.action_space = action_space
         low, high = torch.tensor(np.stack([action_space.low, action_space.high]).reshape(2, -1), dtype=torch.float32)
         mapped = low.isfinite() & high.isfinite() & args.rescale_actions
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-        self.register_buffer("scale", torch.where(mapped, (high - low) / 2, 1.0))
-        self.register_buffer("middle", torch.where(mapped, (high + low) / 2, 0.0))
-        self.action_shape = action_space.shape
+        self.register_buffer("scale", torch.where(mapped, high / 2 - low / 2, 1.0))
+        self.register_buffer("middle", torch.where(mapped, high / 2 + low / 2, 0.0))
         self.obs_stats = RunningStats(observation_space.shape[0])
         self.return_stats = RunningStats()
         self.actor = mlp(observation_space.shape[0], len(low), 0.01)  # at first the mean is near the middle
         self.critic = mlp(observation_space.shape[0], 1, 1.0)
-        self.log_std = nn.Parameter(torch.full((len(low),), args.initial_log_std))
+        self.log_std = nn.Parameter(torch.full((len(low),), float(args.initial_log_std)))
 
     def normalize(self, obs):
         """(obs-norm): observations (B, D) → what the networks are fed (B, D)."""
@@ -276,8 +274,8 @@ class Agent(nn.Module):
 
     def env_action(self, action):
         """(action-map): sampled actions (B, A) → actions in the box of the environment, as numpy."""
-        action = (action * self.scale + self.middle).clamp(self.low, self.high)  # the same as to clip a to ±1 first
-        return action.cpu().numpy().reshape(-1, *self.action_shape)
+        space, action = self.action_space, (action * self.scale + self.middle).cpu().numpy()
+        return np.clip(action.reshape(-1, *space.shape).astype(space.dtype), space.low, space.high)
 
     def value(self, x):
         """x (B, D) → V(s) (B,)."""
@@ -660,6 +658,8 @@ def train(args):
                             advantages = normalize_advantages(advantages.flatten(), weight.flatten()).view_as(weight)
                         batch = (x[:-1], actions, old_log_prob, values[:-1], returns, advantages, weight)
                         batch = [tensor.flatten(0, 1) for tensor in batch]  # (T, N, …) → (T N, …)
+                if epoch == 0:
+                    variance = explained_variance(values[:-1][is_valid], returns[is_valid])
                 exit_if_stopped()
                 order = torch.randperm(batch_size, device=device)
                 *rows, adv, w = (tensor[order].unflatten(0, (M, -1)) for tensor in batch)  # (M, B, …)
@@ -688,7 +688,6 @@ def train(args):
                 kept = f"{run_dir} keeps the checkpoint of iteration {saved}"
                 raise FloatingPointError(f"iteration {iteration}: a loss or a weight is not finite; {kept}")
             kl_and_clipping = diagnostics(torch.stack(log_ratios), torch.cat(weights), args.clip_coef)
-            variance = explained_variance(values[:-1][is_valid], returns[is_valid])
             score, length = np.mean(finished, 0)[1:].tolist() if finished else ("", "")
             seconds, sps = time.perf_counter() - began, batch_size / (time.perf_counter() - started)
             row = [iteration, iteration * batch_size, len(finished), score, length, *means[:3], *kl_and_clipping]

@@ -7,12 +7,12 @@ A study lists environments, flags and numbers of seeds. Each run leaves its flag
 metrics in results/<study>/<label>-<seed>.*; delete those to make it again. report.py makes the tables.
 
 ppo                    the classic tasks of ppo.py
-continuous-defaults    the experiment that chose the default flags of ppo_continuous.py
+continuous-defaults    which default flags ppo_continuous.py should have
 """
 
 import argparse
 import gzip
-import shutil
+import json
 import subprocess
 import sys
 import tempfile
@@ -64,7 +64,8 @@ def run(study, script, label, env_id, flags, seed):
         for name in ("episodes.csv", "metrics.csv"):
             data = gzip.compress((run_dir / name).read_bytes(), mtime=0)
             target.with_name(f"{target.name}.{name}.gz").write_bytes(data)
-        shutil.copy(run_dir / "args.json", target.with_name(f"{target.name}.args.json"))
+        args = json.loads((run_dir / "args.json").read_text()) | {"runs_dir": "runs"}
+        target.with_name(f"{target.name}.args.json").write_text(json.dumps(args, indent=2) + "\n")
     print(f"{study}: {label}, seed {seed}: done", flush=True)
 
 

@@ -102,6 +102,14 @@ def test_where_a_bound_is_infinite_actions_are_clipped_to_the_finite_side():
     np.testing.assert_allclose(agent.env_action(sampled), [[-7, 0, -7, -4], [7, 7, 3, 2]])
 
 
+def test_actions_stay_in_the_box_in_its_own_precision():
+    for dtype, bound in ((np.float64, 0.1), (np.float16, 0.1), (np.float32, np.finfo(np.float32).max)):
+        space = gym.spaces.Box(-bound, bound, (1,), dtype)
+        actions = make_agent(space).env_action(torch.tensor([[-2.0], [0.0], [1.0]]))
+        assert actions.dtype == dtype and all(space.contains(action) for action in actions)
+        assert actions[1] == 0
+
+
 def test_actions_of_any_shape_reach_the_environment_in_it():
     agent = make_agent(gym.spaces.Box(-2, 2, (2, 3), np.float32))
     assert agent.env_action(agent.act(torch.zeros(5, 3), agent.noise(5)).detach()).shape == (5, 2, 3)
