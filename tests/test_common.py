@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ SAME_CONSTANTS = ["LIMITS", "MAY_DIFFER", "HEADERS", "CPU_THREADS", "STOP_SIGNAL
 ONLY_HERE = {"ppo_continuous.py": {"initial_log_std", "rescale_actions", "recompute_advantages"}}
 
 
+@functools.cache
 def definitions(script):
     """{name: source} of the functions, classes, methods and constants of a script."""
     text = (ROOT / script).read_text()
