@@ -7,6 +7,8 @@ A study lists environments, flags and numbers of seeds. Each run leaves its flag
 metrics in results/<study>/<label>-<seed>.*; delete those to make it again. report.py makes the tables.
 
 ppo                    the classic tasks of ppo.py
+continuous             MuJoCo, with the default flags of ppo_continuous.py
+continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
 continuous-defaults    which default flags ppo_continuous.py should have
 """
 
@@ -35,6 +37,8 @@ VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
     "norm-adv": "--norm-adv --vf-coef 0.5 --clip-vloss",
     "no-norm-adv": "--no-norm-adv --vf-coef 0.25 --no-clip-vloss",
 }
+MUJOCO = [f"{name}-v5" for name in "Walker2d HalfCheetah Hopper Ant Swimmer Humanoid Reacher".split()]
+MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
 STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
     "ppo": (
         "ppo.py",
@@ -43,6 +47,18 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("Acrobot-v1", "Acrobot-v1", "", 5),
             ("MountainCar-v0", "MountainCar-v0", MOUNTAIN_CAR, 3),
             ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, 3),
+        ],
+    ),
+    "continuous": (
+        "benchmark/train_and_evaluate.py",
+        [(env, env, "--num-envs 64 --num-steps 32", 5) for env in MUJOCO],
+    ),
+    "continuous-sb3": (
+        "benchmark/sb3.py",
+        [
+            (f"{env}-{label}", env, flags, 3)
+            for label, flags in (("default", ""), ("tuned", "--tuned"))
+            for env in LOCOMOTION
         ],
     ),
     "continuous-defaults": (
@@ -61,9 +77,8 @@ def run(study, script, label, env_id, flags, seed):
         subprocess.run([*command, *flags.split(), "--threads", "1"], check=True, stdout=subprocess.DEVNULL)
         (run_dir,) = Path(runs_dir).iterdir()
         target.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("episodes.csv", "metrics.csv"):
-            data = gzip.compress((run_dir / name).read_bytes(), mtime=0)
-            target.with_name(f"{target.name}.{name}.gz").write_bytes(data)
+        for path in run_dir.glob("[!0]*.csv"):
+            target.with_name(f"{target.name}.{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
         args = json.loads((run_dir / "args.json").read_text()) | {"runs_dir": "runs"}
         target.with_name(f"{target.name}.args.json").write_text(json.dumps(args, indent=2) + "\n")
     print(f"{study}: {label}, seed {seed}: done", flush=True)
@@ -77,9 +92,10 @@ def main():
     script, configurations = STUDIES[args.study]
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = []
-        for label, env_id, flags, seeds in configurations:
-            for seed in range(1, seeds + 1):
-                jobs.append(pool.submit(run, args.study, script, label, env_id, flags, seed))
+        for seed in range(1, 1 + max(seeds for *_, seeds in configurations)):  # the first of every task comes first
+            for label, env_id, flags, seeds in configurations:
+                if seed <= seeds:
+                    jobs.append(pool.submit(run, args.study, script, label, env_id, flags, seed))
         for job in jobs:
             job.result()
 

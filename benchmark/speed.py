@@ -1,11 +1,13 @@
-"""Steps per second of ppo.py beside stable-baselines3's and CleanRL's PPO, run in turn, one thread each.
+"""Steps per second of our scripts beside stable-baselines3's and CleanRL's PPO, run in turn, one thread each.
 
-    python benchmark/speed.py --cleanrl-script CLEANRL/cleanrl/ppo.py --cleanrl-python VENV/bin/python
+    python benchmark/speed.py ppo --cleanrl CLEANRL/cleanrl/ppo.py --python VENV/bin/python
+    python benchmark/speed.py ppo_continuous --cleanrl CLEANRL/cleanrl/ppo_continuous_action.py --python VENV/bin/python
 
-CleanRL needs an environment of its own (gymnasium 0.29.1, numpy < 2, tyro, tensorboard, setuptools < 81, the same
-torch); without these two flags it is left out. All train CartPole-v1 with the same hyperparameters; start-up and the
-first 20 iterations (with --compile: the compilation) are not counted, but for CleanRL, whose own figure counts from its
-first step on. Writes results/speed_ppo.json, where all of them ran.
+CleanRL needs an environment of its own (gymnasium[mujoco] 0.29.1, mujoco 3.1.6, numpy < 2, tyro, tensorboard,
+setuptools < 81, the same torch); without these two flags it is left out. All train with the same hyperparameters,
+those of CleanRL's defaults: ppo on CartPole-v1; ppo_continuous on HalfCheetah-v5, in CleanRL's older gymnasium on
+HalfCheetah-v4. Start-up and the first steps (with --compile: the compilation) are not counted, but for CleanRL, whose
+own figure counts from its first step on. Writes results/speed_<script>.json, where all of them ran.
 """
 
 import argparse
@@ -23,51 +25,59 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-WARMUP = 20  # iterations
+STEPS = {"ppo": (100_000, 10_240), "ppo_continuous": (61_440, 20_480)}  # all of them, and those not counted
+CLEANRL_RATE = {"ppo": 2.5e-4, "ppo_continuous": 3e-4}
+CLASSIC = ["--num-envs", "1", "--num-steps", "2048", "--no-recompute-advantages"]
 
 
-def ours(steps, *flags):
+def ours(script, steps, *flags):
     with tempfile.TemporaryDirectory() as runs_dir:
-        command = [sys.executable, ROOT / "ppo.py", "--runs-dir", runs_dir, "--total-timesteps", str(steps), *flags]
-        subprocess.run([*command, "--threads", "1", "--device", "cpu"], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, "--total-timesteps", str(steps)]
+        command += [*flags, "--threads", "1", "--device", "cpu"]
+        subprocess.run(command, check=True, capture_output=True)
         with open(next(Path(runs_dir).glob("*/metrics.csv")), newline="") as file:
-            rows = list(csv.DictReader(file))
-    first, last = rows[WARMUP - 1], rows[-1]
-    counted = int(last["global_step"]) - int(first["global_step"])
-    return counted / (float(last["seconds"]) - float(first["seconds"]))
+            rows = [(int(row["global_step"]), float(row["seconds"])) for row in csv.DictReader(file)]
+    (first, began), (last, ended) = next(row for row in rows if row[0] >= STEPS[script][1]), rows[-1]
+    return (last - first) / (ended - began)
 
 
-def stable_baselines3(steps):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; speed.train_sb3({steps})"
+def stable_baselines3(script, steps):
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; "
+    code += f"speed.train_sb3({script!r}, {steps})"
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def train_sb3(steps):
-    """Prints the steps per second of stable-baselines3's PPO with the hyperparameters of ppo.py's defaults."""
+def train_sb3(script, steps):
+    """Prints the steps per second of stable-baselines3's PPO with the hyperparameters of CleanRL's script."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
 
     class Clock(BaseCallback):
-        times = ()
+        began = None
 
         def _on_rollout_start(self):
-            self.times += (time.perf_counter(),)
+            if self.began is None and self.num_timesteps >= STEPS[script][1]:
+                self.began, self.first = time.perf_counter(), self.num_timesteps
 
         def _on_step(self):
             return True
 
     torch.set_num_threads(1)
     clock, sizes = Clock(), [64, 64]
-    options = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01, "clip_range_vf": 0.2}
     policy = {"net_arch": {"pi": sizes, "vf": sizes}}
-    model = PPO(
-        "MlpPolicy", make_vec_env("CartPole-v1", 4), learning_rate=lambda left: 2.5e-4 * left, **options,
-        policy_kwargs=policy, device="cpu", seed=1,
-    )  # fmt: skip
+    if script == "ppo":
+        envs = make_vec_env("CartPole-v1", 4)
+        options = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01}
+    else:
+        envs = VecNormalize(make_vec_env("HalfCheetah-v5", 1))
+        options = {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
+    rate = CLEANRL_RATE[script]
+    options |= {"learning_rate": lambda left: rate * left, "clip_range_vf": 0.2, "policy_kwargs": policy}
+    model = PPO("MlpPolicy", envs, device="cpu", seed=1, **options)
     model.learn(steps, callback=clock)
-    elapsed = time.perf_counter() - clock.times[WARMUP]
-    print((model.num_timesteps - WARMUP * 512) / elapsed)
+    print((model.num_timesteps - clock.first) / (time.perf_counter() - clock.began))
 
 
 def cleanrl(steps, python, script):
@@ -84,29 +94,35 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cleanrl-python")
-    parser.add_argument("--cleanrl-script")
+    parser.add_argument("script", choices=STEPS)
+    parser.add_argument("--python", help="of CleanRL's environment")
+    parser.add_argument("--cleanrl", help="its script")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100_000)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    script, steps = args.script, STEPS[args.script][0]
+    same = CLASSIC if script == "ppo_continuous" else []
     programs = {
-        "ppo.py": lambda: ours(args.steps),
-        "ppo.py --compile": lambda: ours(args.steps, "--compile"),
-        "stable-baselines3": lambda: stable_baselines3(args.steps),
+        f"{script}.py": lambda: ours(script, steps, *same),
+        f"{script}.py --compile": lambda: ours(script, steps, *same, "--compile"),
+        "stable-baselines3": lambda: stable_baselines3(script, steps),
     }
-    if args.cleanrl_script and args.cleanrl_python:
-        programs["CleanRL"] = lambda: cleanrl(args.steps, args.cleanrl_python, args.cleanrl_script)
-    programs["ppo.py --num-envs 32"] = lambda: ours(8 * args.steps, "--num-envs", "32")
+    if args.cleanrl and args.python:
+        programs["CleanRL"] = lambda: cleanrl(steps, args.python, args.cleanrl)
+    if script == "ppo":
+        programs["ppo.py --num-envs 32"] = lambda: ours(script, 8 * steps, "--num-envs", "32")
+    else:
+        programs["ppo_continuous.py, its own defaults"] = lambda: ours(script, steps)
+        programs["ppo_continuous.py --compile, its own defaults"] = lambda: ours(script, steps, "--compile")
     rounds = []
     for _ in range(args.rounds):
         rounds.append({name: round(program()) for name, program in programs.items()})
         print(rounds[-1], flush=True)
     if "CleanRL" not in programs:
         return
-    target = Path(__file__).parent / "results" / "speed_ppo.json"
+    target = Path(__file__).parent / "results" / f"speed_{script}.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"machine": machine(), "steps": args.steps, "rounds": rounds}, indent=2) + "\n")
+    target.write_text(json.dumps({"machine": machine(), "steps": steps, "rounds": rounds}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
