@@ -563,6 +563,7 @@ def train(args):
     if save_every < min(ten_episodes, iterations):
         print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
 
+    torch.set_num_threads(args.threads or CPU_THREADS)  # the last bits of the first weights depend on it
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     parameters = flat_parameters(agent)

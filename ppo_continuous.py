@@ -80,8 +80,8 @@ class Args:
     env_id: str = "HalfCheetah-v5"  # environment with continuous actions; module:EnvId imports the module first
     vectorization_mode: Literal["auto", "sync", "async", "vector_entry_point"] = "auto"  # auto: native, else sync
     total_timesteps: int = 1_000_000  # steps of all environments together, rounded down to whole iterations
-    num_envs: int = 8  # environments that run in parallel, N
-    num_steps: int = 256  # steps of each environment in a rollout, T
+    num_envs: int = 16  # environments that run in parallel, N
+    num_steps: int = 128  # steps of each environment in a rollout, T
     seed: int = 1  # decides everything random, in [0, 2^32)
     exp_name: str = "ppo_continuous"  # part of the run directory's name
 
@@ -573,6 +573,7 @@ def train(args):
     if save_every < min(ten_episodes, iterations):
         print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
 
+    torch.set_num_threads(args.threads or CPU_THREADS)  # the last bits of the first weights depend on it
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     parameters = flat_parameters(agent)

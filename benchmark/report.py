@@ -3,8 +3,9 @@
     python benchmark/report.py             # rewrites README.md between its table markers, and the figures
     python benchmark/report.py --check     # only says whether the tables are up to date (exit status 1 if not)
 
-Scores are the mean return of the last 100 training episodes of a run. Over seeds: the interquartile mean with a 95 %
-percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation, which is what others publish.
+Scores are the mean return of the last 100 training episodes of a run, and for continuous control also the best of ten
+evaluations on the way, of ten episodes each, which is what Tianshou reports. Over seeds: the interquartile mean with a
+95 % percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation, which is what others publish.
 """
 
 import csv
@@ -27,6 +28,19 @@ PUBLISHED = {  # label: CleanRL, openai/baselines (both docs.cleanrl.dev), rl-zo
     "LunarLander-v3": ("", "", "242 (v2, 1M steps)"),
 }
 
+PUBLISHED_CONTINUOUS = {  # environment: CleanRL (last episodes of training), Tianshou (best evaluation)
+    "HalfCheetah-v5": ("1,443 ± 46", "5,784 ± 1,244"),
+    "Hopper-v5": ("2,383 ± 272", "2,609 ± 701"),
+    "Walker2d-v5": ("2,288 ± 572", "3,589 ± 757"),
+    "Ant-v4": ("", "3,258 ± 1,079"),
+    "Ant-v5": ("", ""),
+    "Swimmer-v5": ("", "67 ± 99"),
+    "Humanoid-v5": ("716 ± 49", "787 ± 194"),
+    "Reacher-v5": ("", "−4.1 ± 0.3"),
+    "InvertedPendulum-v5": ("963 ± 22", "1,000 ± 0"),
+    "InvertedDoublePendulum-v5": ("", "9,231 ± 270"),
+}
+
 
 def read(path):
     return list(csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())))
@@ -42,8 +56,15 @@ def runs(study):
 
 
 def last_100(run):
-    returns = [float(row["episodic_return"]) for row in read(run.with_name(f"{run.name}.episodes.csv.gz"))]
-    return np.mean(returns[-100:])
+    return returns_of(run, "episodes")[-100:].mean()
+
+
+def returns_of(run, table):
+    return np.array([float(row["episodic_return"]) for row in read(run.with_name(f"{run.name}.{table}.csv.gz"))])
+
+
+def best_evaluation(run):
+    return returns_of(run, "evaluations").reshape(10, 10).mean(1).max()
 
 
 def iqm(scores, axis=-1):
@@ -77,8 +98,46 @@ def ppo_scores():
     return lines
 
 
-def ppo_speed():
-    data = json.loads((RESULTS / "speed_ppo.json").read_text())
+def continuous_scores():
+    head = ["environment", "seeds", "last 100: interquartile mean [95 %]", "mean ± std", "CleanRL"]
+    head += ["best evaluation: mean ± std", "Tianshou", "reloaded / last 100"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for label, (cleanrl, tianshou) in PUBLISHED_CONTINUOUS.items():
+        seeds = runs("continuous").get(label, {}).values()
+        if len(seeds) < 2:
+            continue
+        last, best = (np.array([score(run) for run in seeds]) for score in (last_100, best_evaluation))
+        ratio = np.mean([returns_of(run, "reloaded").mean() for run in seeds]) / last.mean()
+        digits = 1 if abs(last.mean()) < 500 else 0
+        low, high = interval(last)
+        cells = [label, len(last), f"**{number(iqm(last), digits)}** [{number(low, digits)}, {number(high, digits)}]"]
+        cells += [f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}", cleanrl]
+        cells += [f"**{number(best.mean(), digits)}** ± {number(best.std(ddof=1), digits)}", tianshou]
+        lines.append("| " + " | ".join(map(str, [*cells, number(ratio, 2)])) + " |")
+    return lines
+
+
+def continuous_sb3():
+    ours, theirs = runs("continuous"), runs("continuous-sb3")
+    programs = ["ppo_continuous.py", "stable-baselines3", "stable-baselines3, rl-zoo3's flags"]
+    heads = [f"{name}: {measure}" for name in programs for measure in ("last 100", "best evaluation")]
+    lines = [f"| environment | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
+        cells = [environment]
+        for seeds in (ours, theirs, theirs):
+            label = environment if seeds is ours else f"{environment}-{('default', 'tuned')[len(cells) > 3]}"
+            for score in (last_100, best_evaluation):
+                scores = [score(run) for run in seeds.get(label, {}).values()]
+                cells.append(f"{number(np.mean(scores), 0)} ({len(scores)} seeds)" if scores else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def speed(script):
+    path = RESULTS / f"speed_{script}.json"
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
     peers = [name for name in ("stable-baselines3", "CleanRL") if name in data["rounds"][0]]
     lines = ["| program | steps per second, median | " + " | ".join(f"× {peer}" for peer in peers) + " |"]
     lines.append("|---|---|" + "---|" * len(peers))
@@ -87,29 +146,39 @@ def ppo_speed():
         for peer in peers:
             ratios = [turn[name] / turn[peer] for turn in data["rounds"]]
             ratio = f"**{np.median(ratios):.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"
-            cells.append("" if name == peer or "num-envs" in name else ratio)  # only where all else is equal
+            alike = name != peer and "num-envs" not in name and "own defaults" not in name
+            cells.append(ratio if alike else "")
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"{data['machine']}; {len(data['rounds'])} rounds of all programs in turn, one thread each."]
+    threads = "all cores each" if script == "ppo_atari" else "one thread each"
+    lines += ["", f"{data['machine']}; {len(data['rounds'])} rounds of all programs in turn, {threads}."]
     return lines
 
 
 def continuous_defaults():
-    found = runs("continuous-defaults")
-    variants = sorted({label.split("-", 2)[2] for label in found})
-    environments = sorted({"-".join(label.split("-")[:2]) for label in found})
+    found, chosen = runs("continuous-defaults"), runs("continuous")
+    variants = ["8x256", "16x128", "32x64", "64x32", "8x256-no-norm-adv"]
     lines = ["| environment | " + " | ".join(f"`{variant}`" for variant in variants) + " |"]
     lines.append("|---" * (len(variants) + 1) + "|")
-    for environment in environments:
+    for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
         cells = [environment]
         for variant in variants:
-            scores = np.array([last_100(run) for run in found.get(f"{environment}-{variant}", {}).values()])
+            seeds = chosen.get(environment) if variant == "16x128" else found.get(f"{environment}-{variant}")
+            scores = np.array([last_100(run) for run in (seeds or {}).values()])
             each = ", ".join(number(score, 0) for score in scores)
             cells.append(f"**{number(scores.mean(), 0)}** ({each})" if len(scores) else "")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-TABLES = {"ppo-scores": ppo_scores, "ppo-speed": ppo_speed, "continuous-defaults": continuous_defaults}
+TABLES = {
+    "ppo-scores": ppo_scores,
+    "continuous-scores": continuous_scores,
+    "continuous-sb3": continuous_sb3,
+    "continuous-defaults": continuous_defaults,
+    "ppo-speed": lambda: speed("ppo"),
+    "continuous-speed": lambda: speed("ppo_continuous"),
+    "atari-speed": lambda: speed("ppo_atari"),
+}
 
 
 def render(text):
@@ -122,19 +191,22 @@ def render(text):
     return text
 
 
-def figures():
+def figures(study, name, columns):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = runs("ppo")
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3), constrained_layout=True)
-    for axis, (label, seeds) in zip(axes, found.items()):
+    found = runs(study)
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.axis("off")
+    for axis, (label, seeds) in zip(axes.flat, found.items()):
         curves = []
         for run in seeds.values():
-            rows = read(run.with_name(f"{run.name}.episodes.csv.gz"))
-            steps, returns = np.array([[float(r["global_step"]), float(r["episodic_return"])] for r in rows]).T
+            table = read(run.with_name(f"{run.name}.episodes.csv.gz"))
+            steps, returns = np.array([[float(r["global_step"]), float(r["episodic_return"])] for r in table]).T
             total = json.loads(run.with_name(f"{run.name}.args.json").read_text())["total_timesteps"]
             grid = np.linspace(0, total, 101)[1:]
             counts = np.searchsorted(steps, grid, side="right")
@@ -148,8 +220,9 @@ def figures():
         axis.set_title(f"{label}, {len(curves)} seeds")
         axis.set_xlabel("environment steps")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    axes[0].set_ylabel("return, last 100 episodes")
-    figure.savefig(RESULTS / "ppo.png", dpi=100, metadata={"Software": None})
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, last 100 episodes")
+    figure.savefig(RESULTS / name, dpi=100, metadata={"Software": None})
 
 
 def main():
@@ -157,7 +230,8 @@ def main():
     if "--check" in sys.argv:
         sys.exit(render(text) != text and "README.md differs from benchmark/results: run benchmark/report.py")
     README.write_text(render(text))
-    figures()
+    figures("ppo", "ppo.png", 4)
+    figures("continuous", "continuous.png", 5)
 
 
 if __name__ == "__main__":

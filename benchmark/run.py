@@ -9,7 +9,7 @@ metrics in results/<study>/<label>-<seed>.*; delete those to make it again. repo
 ppo                    the classic tasks of ppo.py
 continuous             MuJoCo, with the default flags of ppo_continuous.py
 continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
-continuous-defaults    which default flags ppo_continuous.py should have
+continuous-defaults    which default flags ppo_continuous.py should have, beside those of "continuous"
 """
 
 import argparse
@@ -33,12 +33,14 @@ LUNAR_LANDER = (
     "--gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003 --norm-obs --norm-reward"
 )
 LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
-VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
-    "norm-adv": "--norm-adv --vf-coef 0.5 --clip-vloss",
-    "no-norm-adv": "--no-norm-adv --vf-coef 0.25 --no-clip-vloss",
-}
-MUJOCO = [f"{name}-v5" for name in "Walker2d HalfCheetah Hopper Ant Swimmer Humanoid Reacher".split()]
+MUJOCO = [f"{name}-v5" for name in "HalfCheetah Hopper Walker2d Ant Swimmer Humanoid Reacher".split()]
 MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
+VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
+    "8x256": "--num-envs 8 --num-steps 256",
+    "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --no-norm-adv --vf-coef 0.25 --no-clip-vloss",
+    "32x64": "--num-envs 32 --num-steps 64",
+    "64x32": "--num-envs 64 --num-steps 32",
+}
 STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
     "ppo": (
         "ppo.py",
@@ -49,10 +51,7 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, 3),
         ],
     ),
-    "continuous": (
-        "benchmark/train_and_evaluate.py",
-        [(env, env, "--num-envs 64 --num-steps 32", 5) for env in MUJOCO],
-    ),
+    "continuous": ("benchmark/train_and_evaluate.py", [(env, env, "", 5) for env in MUJOCO]),
     "continuous-sb3": (
         "benchmark/sb3.py",
         [

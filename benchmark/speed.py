@@ -1,13 +1,15 @@
-"""Steps per second of our scripts beside stable-baselines3's and CleanRL's PPO, run in turn, one thread each.
+"""Steps per second of our scripts beside stable-baselines3's and CleanRL's PPO, run in turn on the CPU.
 
+    python benchmark/speed.py ppo_atari
     python benchmark/speed.py ppo --cleanrl CLEANRL/cleanrl/ppo.py --python VENV/bin/python
     python benchmark/speed.py ppo_continuous --cleanrl CLEANRL/cleanrl/ppo_continuous_action.py --python VENV/bin/python
 
 CleanRL needs an environment of its own (gymnasium[mujoco] 0.29.1, mujoco 3.1.6, numpy < 2, tyro, tensorboard,
-setuptools < 81, the same torch); without these two flags it is left out. All train with the same hyperparameters,
-those of CleanRL's defaults: ppo on CartPole-v1; ppo_continuous on HalfCheetah-v5, in CleanRL's older gymnasium on
-HalfCheetah-v4. Start-up and the first steps (with --compile: the compilation) are not counted, but for CleanRL, whose
-own figure counts from its first step on. Writes results/speed_<script>.json, where all of them ran.
+setuptools < 81, the same torch); without these two flags it is left out, and so are the results. All train with the
+same hyperparameters, those of CleanRL's defaults: ppo on CartPole-v1; ppo_continuous on HalfCheetah-v5, in CleanRL's
+older gymnasium on HalfCheetah-v4, both with one thread; ppo_atari on Breakout without sticky actions, with all cores.
+Start-up and the first steps (with --compile: the compilation) are not counted, but for CleanRL, whose own figure
+counts from its first step on. Writes results/speed_<script>.json.
 """
 
 import argparse
@@ -25,15 +27,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"ppo": (100_000, 10_240), "ppo_continuous": (61_440, 20_480)}  # all of them, and those not counted
-CLEANRL_RATE = {"ppo": 2.5e-4, "ppo_continuous": 3e-4}
+STEPS = {  # all of them, and those not counted
+    "ppo": (100_000, 10_240),
+    "ppo_continuous": (61_440, 20_480),
+    "ppo_atari": (20_480, 5_120),
+}
+THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
 CLASSIC = ["--num-envs", "1", "--num-steps", "2048", "--no-recompute-advantages"]
 
 
 def ours(script, steps, *flags):
     with tempfile.TemporaryDirectory() as runs_dir:
         command = [sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, "--total-timesteps", str(steps)]
-        command += [*flags, "--threads", "1", "--device", "cpu"]
+        command += [*flags, "--threads", str(THREADS[script]), "--device", "cpu"]
         subprocess.run(command, check=True, capture_output=True)
         with open(next(Path(runs_dir).glob("*/metrics.csv")), newline="") as file:
             rows = [(int(row["global_step"]), float(row["seconds"])) for row in csv.DictReader(file)]
@@ -51,8 +57,8 @@ def train_sb3(script, steps):
     """Prints the steps per second of stable-baselines3's PPO with the hyperparameters of CleanRL's script."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     class Clock(BaseCallback):
         began = None
@@ -64,18 +70,22 @@ def train_sb3(script, steps):
         def _on_step(self):
             return True
 
-    torch.set_num_threads(1)
-    clock, sizes = Clock(), [64, 64]
-    policy = {"net_arch": {"pi": sizes, "vf": sizes}}
+    torch.set_num_threads(THREADS[script])
+    clock, sizes, rate, clip = Clock(), {"pi": [64, 64], "vf": [64, 64]}, 2.5e-4, 0.2
     if script == "ppo":
         envs = make_vec_env("CartPole-v1", 4)
         options = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01}
-    else:
-        envs = VecNormalize(make_vec_env("HalfCheetah-v5", 1))
+    elif script == "ppo_continuous":
+        envs, rate = VecNormalize(make_vec_env("HalfCheetah-v5", 1)), 3e-4
         options = {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
-    rate = CLEANRL_RATE[script]
-    options |= {"learning_rate": lambda left: rate * left, "clip_range_vf": 0.2, "policy_kwargs": policy}
-    model = PPO("MlpPolicy", envs, device="cpu", seed=1, **options)
+    else:
+        envs, clip = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8), 4), 0.1
+        options = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01}
+    if script != "ppo_atari":
+        options["policy_kwargs"] = {"net_arch": sizes}
+    options |= {"learning_rate": lambda left: rate * left, "clip_range": clip, "clip_range_vf": clip}
+    policy = "CnnPolicy" if script == "ppo_atari" else "MlpPolicy"
+    model = PPO(policy, envs, device="cpu", seed=1, **options)
     model.learn(steps, callback=clock)
     print((model.num_timesteps - clock.first) / (time.perf_counter() - clock.began))
 
@@ -99,7 +109,7 @@ def main():
     parser.add_argument("--cleanrl", help="its script")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(THREADS[args.script])
     script, steps = args.script, STEPS[args.script][0]
     same = CLASSIC if script == "ppo_continuous" else []
     programs = {
@@ -111,14 +121,16 @@ def main():
         programs["CleanRL"] = lambda: cleanrl(steps, args.python, args.cleanrl)
     if script == "ppo":
         programs["ppo.py --num-envs 32"] = lambda: ours(script, 8 * steps, "--num-envs", "32")
-    else:
+    elif script == "ppo_continuous":
         programs["ppo_continuous.py, its own defaults"] = lambda: ours(script, steps)
         programs["ppo_continuous.py --compile, its own defaults"] = lambda: ours(script, steps, "--compile")
+    else:
+        programs["ppo_atari.py --bf16 off"] = lambda: ours(script, steps, "--bf16", "off")
     rounds = []
     for _ in range(args.rounds):
         rounds.append({name: round(program()) for name, program in programs.items()})
         print(rounds[-1], flush=True)
-    if "CleanRL" not in programs:
+    if "CleanRL" not in programs and script != "ppo_atari":
         return
     target = Path(__file__).parent / "results" / f"speed_{script}.json"
     target.parent.mkdir(exist_ok=True)

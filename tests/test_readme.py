@@ -6,6 +6,7 @@ from pathlib import Path
 import report
 
 import ppo
+import ppo_atari
 import ppo_continuous
 
 README = Path(__file__).parents[1] / "README.md"
@@ -16,19 +17,24 @@ def test_every_table_of_results_follows_from_the_raw_data():
 
 
 def test_every_flag_that_the_readme_names_exists():
-    flags = set(re.findall(r"--(?:no-)?([a-z][a-z-]+)", README.read_text()))
-    known = {*vars(ppo.Args()), *vars(ppo_continuous.Args()), "help", "index_url"}
+    flags = set(re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", README.read_text()))
+    known = {"help", "index_url", "nproc_per_node"}
+    known |= {*vars(ppo.Args()), *vars(ppo_continuous.Args()), *vars(ppo_atari.Args())}
     assert len(flags) > 10
     assert {flag.replace("-", "_") for flag in flags} - known == set()
 
 
 def test_every_equation_of_the_scripts_is_explained():
     text, here = README.read_text(), Path(__file__).parent
-    both = "ratio clip vf vf-clip entropy total td gae return norm valid obs-norm rew-norm lr k1 k3 clipfrac"
-    only = {"ppo.py": "categorical", "ppo_continuous.py": "gaussian action-map"}
+    all_three = "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac"
+    only = {
+        "ppo.py": "categorical obs-norm rew-norm",
+        "ppo_continuous.py": "gaussian action-map obs-norm rew-norm",
+        "ppo_atari.py": "categorical",
+    }
     for name, more in only.items():
         script = (here.parent / name).read_text()
-        for label in f"{both} {more}".split():
+        for label in f"{all_three} {more}".split():
             assert f"({label})" in script and f"**({label})**" in text, label
 
 

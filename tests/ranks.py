@@ -1,0 +1,36 @@
+"""One of the processes of test_atari.py's run under torchrun; keeps what it saw and what became of it in a file.
+
+torchrun --nproc-per-node 2 tests/ranks.py FILE FLAGS…
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import ppo_atari as ppo
+
+seen = {"initial": None, "minibatches": [], "gradients": [], "parameters": []}
+loss, reduce, flat_parameters = ppo.ppo_loss, dist.all_reduce, ppo.flat_parameters
+
+
+def keep_minibatch(agent, args, *minibatch):
+    if seen["initial"] is None:
+        seen["initial"] = {name: value.clone() for name, value in agent.state_dict().items()}
+    seen["parameters"].append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
+    seen["minibatches"].append([tensor.clone() for tensor in minibatch])
+    return loss(agent, args, *minibatch)
+
+
+def keep_gradient(tensor, *rest):
+    reduce(tensor, *rest)
+    seen["gradients"].append(tensor / ppo.WORLD_SIZE)
+
+
+ppo.ppo_loss, dist.all_reduce = keep_minibatch, keep_gradient
+ppo.train(tyro.cli(ppo.Args, args=sys.argv[2:]))
+torch.save(seen, f"{sys.argv[1]}-{ppo.RANK}")
