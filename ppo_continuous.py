@@ -95,7 +95,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages, (norm)
     norm_adv_over: Literal["minibatch", "batch"] = "minibatch"  # the rows normalised together, (norm)
     clip_coef: float = 0.2  # epsilon: moving the ratio beyond 1 ± this gains nothing; inf: no clip, (clip)
-    clip_vloss: bool = True  # clip the value loss with the same epsilon, (vf-clip)
+    clip_vloss: bool = False  # clip the value loss with the same epsilon, (vf-clip)
     ent_coef: float = 0.0  # weight of the entropy bonus, c_e in (total)
     vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
     max_grad_norm: float = 0.5  # scale the whole gradient down if its norm is larger; inf: never

@@ -156,13 +156,13 @@ def speed(script):
 
 def continuous_defaults():
     found, chosen = runs("continuous-defaults"), runs("continuous")
-    variants = ["8x256", "16x128", "32x64", "64x32", "8x256-no-norm-adv"]
+    variants = ["default", "8x256", "16x128", "32x64", "64x32", "8x256-no-norm-adv"]
     lines = ["| environment | " + " | ".join(f"`{variant}`" for variant in variants) + " |"]
     lines.append("|---" * (len(variants) + 1) + "|")
     for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
         cells = [environment]
         for variant in variants:
-            seeds = chosen.get(environment) if variant == "16x128" else found.get(f"{environment}-{variant}")
+            seeds = chosen.get(environment) if variant == "default" else found.get(f"{environment}-{variant}")
             scores = np.array([last_100(run) for run in (seeds or {}).values()])
             each = ", ".join(number(score, 0) for score in scores)
             cells.append(f"**{number(scores.mean(), 0)}** ({each})" if len(scores) else "")

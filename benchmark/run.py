@@ -36,10 +36,11 @@ LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
 MUJOCO = [f"{name}-v5" for name in "HalfCheetah Hopper Walker2d Ant Swimmer Humanoid Reacher".split()]
 MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
 VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
-    "8x256": "--num-envs 8 --num-steps 256",
-    "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --no-norm-adv --vf-coef 0.25 --no-clip-vloss",
-    "32x64": "--num-envs 32 --num-steps 64",
-    "64x32": "--num-envs 64 --num-steps 32",
+    "8x256": "--num-envs 8 --num-steps 256 --clip-vloss",
+    "16x128": "--num-envs 16 --num-steps 128 --clip-vloss",
+    "32x64": "--num-envs 32 --num-steps 64 --clip-vloss",
+    "64x32": "--num-envs 64 --num-steps 32 --clip-vloss",
+    "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --no-norm-adv --vf-coef 0.25",
 }
 STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
     "ppo": (

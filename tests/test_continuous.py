@@ -152,7 +152,7 @@ def test_advantages_are_recomputed_in_every_epoch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [{"initial_log_std": 0.0}, {"rescale_actions": False}, {"recompute_advantages": False}, {"norm_obs": False},
-     {"norm_reward": False}, {"norm_adv": False}, {"clip_vloss": False}, {"norm_adv_over": "batch"}],
+     {"norm_reward": False}, {"norm_adv": False}, {"clip_vloss": True}, {"norm_adv_over": "batch"}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_every_switch_changes_the_run(tmp_path, change):
