@@ -5,11 +5,12 @@
     python ppo_atari.py --resume runs/DIR                               # go on with a run that was stopped
     python ppo_atari.py --evaluate runs/DIR --greedy --capture-video    # play a trained agent and film it
 
-On several GPUs, or several machines, flags are per process but for --total-timesteps, which counts the steps of all:
+On several GPUs, or several machines, flags are per process (so the batch grows with their number, and --learning-rate
+is yours to scale), but for --total-timesteps, which counts the steps of all:
     torchrun --nproc-per-node 8 ppo_atari.py
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo_atari.py    # on each
 Every process plays games of its own and normalises advantages over its own rows; gradients are averaged. Process 0
-writes the run directory, which all of them must see to --resume. A signal ends all after the iteration at hand.
+writes the run directory; to --resume, as many processes must see it. A signal ends all after the iteration at hand.
 
 Map: Args, the flags · AtariGames, make_envs · Agent, the network · compute_gae, policy_loss, value_loss and the rest of
 the mathematics, labelled like (gae) as in the README · evaluate · the run directory: checkpoints and logs · train, the
@@ -44,13 +45,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from gymnasium.utils.save_video import save_video
+from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 from tqdm import tqdm
 
 SCRIPT = "ppo_atari.py"
 CPU_THREADS = torch.get_num_threads()
 STOP_SIGNALS = []  # those that have come in
-SIGNALS_HERE = []  # under torchrun: those that only this process knows of
+SIGNALS_HERE = []  # under torchrun: those of this process, until train tells all, so that none waits for one that left
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes train together
 LIMITS = {  # (lowest value, highest value): flags
@@ -64,7 +65,7 @@ LIMITS = {  # (lowest value, highest value): flags
     (0, 2**32 - 1): ["seed"],
 }
 LIMITS[0, 1] += ["sticky_actions"]
-LIMITS[400, 10**8] = ["max_episode_frames"]
+LIMITS[400, 10**8] = ["max_episode_frames"]  # far above the number of no-ops, which AtariGames relies on
 MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
     "resume": ["resume", "runs_dir", "device", "capture_video", "track", "wandb_project_name"],
     "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
@@ -114,10 +115,10 @@ class Args:
     target_kl: float | None = None  # stop an update after the first epoch whose mean (k3) exceeds this
     clip_rewards: bool = True  # learn from the sign of a reward; scores are the game's own
     episodic_life: bool = True  # a lost life counts as terminated, though the game goes on
-    sticky_actions: float = 0.0  # probability that the last action is repeated; 0.25 is the newer protocol
+    sticky_actions: float = 0.0  # probability that the last action is repeated; newer papers have 0.25
     max_episode_frames: int = 108_000  # of the emulator, after which a game is cut off
 
-    bf16: Literal["auto", "on", "off"] = "auto"  # convolutions in bfloat16; auto: where the hardware has it
+    bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16 below the two heads; auto: where the hardware has it
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     threads: int = 0  # CPU threads of torch; 0: chosen by the size of a minibatch
     compile: bool = False  # torch.compile the loss: slow to start, then faster (CUDA graphs on CUDA)
@@ -150,8 +151,8 @@ class AtariGames(gym.vector.VectorWrapper):
     """Does for ale-py's environments what they leave to the player, and tells which rows are which.
 
     With life_loss_info a lost life reads terminated, but the game goes on. Breakout and some others then wait for FIRE,
-    so in games that have that button it takes the place of the action after a lost life. And a lost life is told
-    from the end of a game by the count of frames, which then starts anew: some games end with lives left or have none.
+    so in games that have that button it takes the place of the policy's action after a lost life. And the end of a game
+    is told from a lost life by the count of frames, which then starts anew; lives may be left, or were never there.
 
     info["new_game"] (N,): the row only reset, its action was ignored. info["valid"] (N,): the row is the policy's,
     neither a reset nor our FIRE. What FIRE brings still counts in the score.
@@ -172,7 +173,7 @@ class AtariGames(gym.vector.VectorWrapper):
             actions = np.where(self.ended, self.fire, actions)
         obs, reward, terminated, truncated, info = self.env.step(actions)
         info["new_game"] = info["episode_frame_number"] < self.frame
-        info["valid"] = ~(info["new_game"] if self.fire is None else self.ended)
+        info["valid"] = ~(info["new_game"] if self.fire is None else self.ended)  # after any end: a reset or our FIRE
         self.ended, self.frame = terminated | truncated, info["episode_frame_number"]
         return obs, reward, terminated, truncated, info
 
@@ -182,28 +183,35 @@ class Film(gym.vector.VectorWrapper):
 
     def __init__(self, games, twin, video_dir, eval_episodes):
         super().__init__(games)
-        self.twin, self.video_dir, self.eval_episodes = twin, video_dir, eval_episodes
+        self.twin, self.video_dir, self.eval_episodes = twin, Path(video_dir), eval_episodes
         self.filmed = [0] * games.num_envs
+        self.films = [self.new_film(n) for n in range(games.num_envs)]
+
+    def new_film(self, n):
+        (self.video_dir / f"env-{n}").mkdir(parents=True, exist_ok=True)
+        path = self.video_dir / f"env-{n}" / f"game-{self.filmed[n]}.mp4"
+        return FFMPEG_VideoWriter(str(path), (160, 210), fps=15)  # one frame in four of the emulator's 60 a second
 
     def reset(self, **options):
-        self.films = [[picture] for (picture,) in self.twin.reset(**options)[0]]
+        self.twin.reset(**options)
         return self.env.reset(**options)
 
     def step(self, actions):
         pictures = self.twin.step(actions)[0]  # (N, 1, 210, 160, 3)
         *rest, info = self.env.step(actions)
-        for n, film in enumerate(self.films):
-            if info["new_game"][n] and self.filmed[n] < self.eval_episodes:
-                options = {"name_prefix": "game", "episode_index": self.filmed[n], "fps": 15}
-                save_video(film, f"{self.video_dir}/env-{n}", lambda _: True, **options)
+        for n in np.flatnonzero(info["new_game"]):
+            if self.films[n]:
+                self.films[n].close()
                 self.filmed[n] += 1
-            if info["new_game"][n]:
-                film.clear()
-            if self.filmed[n] < self.eval_episodes:
-                film.append(pictures[n, 0])
+                self.films[n] = self.new_film(n) if self.filmed[n] < self.eval_episodes else None
+        for film, (picture,) in zip(self.films, pictures):
+            if film:
+                film.write_frame(picture)
         return *rest, info
 
     def close(self, **options):
+        for film in filter(None, self.films):
+            film.close()
         self.twin.close()
         super().close(**options)
 
@@ -212,12 +220,14 @@ def make_envs(args, video_dir=None):
     """A gymnasium VectorEnv of args.num_envs games, filmed into video_dir. Raises UsageError for other environments."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     games = {re.sub(r"^ALE/|-v5$", "", name) for name in gym.registry if name.startswith("ALE/")}
-    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", args.env_id)
+    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", args.env_id)  # PongNoFrameskip-v4 → Pong
     if game not in games:
         try:
             with warnings.catch_warnings(action="ignore"):
                 env = gym.make(args.env_id)
         except Exception:
+            if args.env_id in gym.registry:
+                reject("env_id", args.env_id, "is no Atari game: use ppo.py or ppo_continuous.py")
             (nearest,) = difflib.get_close_matches(game, games, 1, 0)
             reject("env_id", args.env_id, f"is no Atari game. The nearest is {nearest}.")
         script = "ppo_continuous.py" if isinstance(env.action_space, gym.spaces.Box) else "ppo.py"
@@ -241,8 +251,8 @@ def new_worlds(args, iteration, video_dir=None):
     """Environments built anew and their first observations. They and all random numbers from here on are a function of
     (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i, and
     i counts on from process to process."""
-    last = 2**31 - 1 - args.num_envs * WORLD_SIZE
-    seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0]) % last + args.num_envs * RANK
+    seeds = 2**31 - 1 - args.num_envs * WORLD_SIZE  # so many that ale-py takes
+    seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0]) % seeds + args.num_envs * RANK
     torch.manual_seed(seed)
     envs = make_envs(args, video_dir)
     return envs, envs.reset(seed=seed)[0]
@@ -255,8 +265,12 @@ def setup_device(args):
     if args.device not in devices:
         reject("device", args.device, f"is not here; use one of: {', '.join(devices)}")
     device = torch.device(args.device if args.device != "auto" else "cuda" if "cuda" in devices else "cpu")
-    if WORLD_SIZE > 1 and device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK)
+    if device.type == "cuda":
+        if WORLD_SIZE > 1 and device.index is not None:
+            reject("device", args.device, "cannot serve all processes of torchrun: use cuda")
+        if LOCAL_RANK >= torch.cuda.device_count():
+            reject("device", args.device, f"has {torch.cuda.device_count()} GPU(s): use no larger --nproc-per-node")
+        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 
@@ -275,12 +289,12 @@ def use_bf16(args):
         return args.bf16 == "on"
     if setup_device(args).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last: Arm
 
 
-def orthogonal(layer, std=2**0.5):
-    """The layer with orthogonal weights, scaled by std, and zero biases."""
-    nn.init.orthogonal_(layer.weight, std)
+def orthogonal(layer, gain=2**0.5):
+    """The layer with orthogonal weights, scaled by the gain, and zero biases."""
+    nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -313,7 +327,8 @@ class Agent(nn.Module):
     def features(self, obs):
         """Observations (B, 4, 84, 84), uint8 → (B, 512), float32."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        x = obs.flatten(0, -4).contiguous(memory_format=torch.channels_last)  # takes less than half the time on a CPU
+        x = obs.flatten(0, -4)  # any leading dimensions to one, and back at the end
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions then take half the time on a CPU
         x = x.to(dtype).div_(255)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(x).float().unflatten(0, obs.shape[:-3])
@@ -598,8 +613,8 @@ def train(args):
         reject("total_timesteps", args.total_timesteps, f"must be at least one rollout, {iteration_size}")
     checkpoint = load_run("resume", args)[1] if args.resume else None
     if checkpoint and checkpoint["world_size"] != WORLD_SIZE:
-        advice = f"was trained by {checkpoint['world_size']} process(es), not {WORLD_SIZE}"
-        reject("resume", args.resume, f"{advice}: use torchrun --nproc-per-node {checkpoint['world_size']}")
+        advice = f"was trained by {checkpoint['world_size']} process(es), not {WORLD_SIZE}: start as many"
+        reject("resume", args.resume, advice + " (torchrun --nproc-per-node)")
     if checkpoint and checkpoint["iteration"] == iterations:
         print(f"{args.resume} is finished: all its {iterations} iterations are done")
         return Path(args.resume)
@@ -607,18 +622,20 @@ def train(args):
     envs = make_envs(args)
     if args.total_timesteps % iteration_size:
         print(f"{args.total_timesteps:,} steps are rounded down to {iterations} iterations of {iteration_size}")
-    ten_episodes = math.ceil(10 * (envs.spec.max_episode_steps or 0) / T)  # in iterations
+    ten_episodes = math.ceil(10 * args.max_episode_frames / 4 / T)  # in iterations; a step is four frames
     save_every = max(math.ceil(iterations / 20), ten_episodes) if args.save_every is None else args.save_every
     save_every = save_every or iterations
-    if save_every < min(ten_episodes, iterations):
+    if save_every < min(ten_episodes, iterations) and RANK == 0:
         print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
 
-    if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if WORLD_SIZE > 1:
+        dist.init_process_group()
     torch.set_num_threads(args.threads or CPU_THREADS)  # the last bits of the first weights depend on it
-    torch.manual_seed(args.seed)  # so all processes begin with the same weights
+    torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     parameters = flat_parameters(agent)
+    if WORLD_SIZE > 1:
+        dist.broadcast(parameters.data, 0)  # the processes begin with the same weights
     optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
     little_work = batch_size // M * parameters.numel() < 5e7  # more threads then cost more than they save (measured)
     torch.set_num_threads(args.threads or (1 if little_work else CPU_THREADS))
@@ -627,10 +644,10 @@ def train(args):
         mode = "reduce-overhead" if device.type == "cuda" else None
         loss_function, features = torch.compile(ppo_loss, mode=mode), torch.compile(features, mode=mode)
 
-    on_gpu = device.type == "cuda"  # pinned memory is copied to it while the CPU goes on
-    frames = torch.zeros((T + 1, N, *envs.single_observation_space.shape), dtype=torch.uint8, pin_memory=on_gpu)
-    obs = frames.numpy()  # the same memory; the last row starts the next rollout
-    x = torch.zeros((T + 1, N, 512), device=device)
+    shape = envs.single_observation_space.shape
+    images = torch.from_numpy(np.zeros((T + 1, N, *shape), np.uint8)).to(device)
+    staging = torch.zeros((N, *shape), dtype=torch.uint8, pin_memory=device.type == "cuda")  # for asynchronous copies
+    x = torch.zeros((T + 1, N, 512), device=device)  # features, kept so that V and log π_old need no second pass
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
     rewards = np.zeros((T, N), np.float32)
     terminated, done, valid = np.zeros((3, T, N), bool)
@@ -661,19 +678,22 @@ def train(args):
                 # At the start and after every checkpoint the environments are built anew, here and in a resumed run
                 # alike: no state of a simulator needs saving. It cuts the running episodes short, as a time limit does.
                 envs.close()
-                envs, obs[-1] = new_worlds(args, iteration)
+                envs, obs = new_worlds(args, iteration)
                 episodic_return, episodic_length = np.zeros(N), np.zeros(N, int)
 
             # Act 1, rollout. A lost life reads terminated; rows that only reset and those where AtariGames pressed FIRE
             # are not valid. Scores are those of whole games: the row after the last one of a game says that it was.
             finished, noise = [], agent.noise(T, N)
-            obs[0] = obs[-1]
-            with torch.inference_mode():
-                for t in range(T):
+            with torch.no_grad():
+                for t in range(T + 1):
+                    staging.copy_(torch.from_numpy(obs))
+                    images[t].copy_(staging, non_blocking=True)
+                    x[t] = features(images[t])
+                    if t == T:  # the observation that the next rollout starts from: only for the bootstrap
+                        break
                     exit_if_stopped()
-                    x[t] = features(frames[t].to(device, non_blocking=True))
                     actions[t] = agent.act(x[t], noise[t])
-                    obs[t + 1], reward, terminated[t], truncated, info = envs.step(agent.env_action(actions[t]))
+                    obs, reward, terminated[t], truncated, info = envs.step(agent.env_action(actions[t]))
                     rewards[t] = np.sign(reward) if args.clip_rewards else reward
                     valid[t] = info["valid"]
                     done[t] = terminated[t] | truncated
@@ -683,12 +703,10 @@ def train(args):
                         episodic_return[n], episodic_length[n] = 0.0, 0
                     episodic_return += reward
                     episodic_length += ~info["new_game"]
-                x[T] = features(frames[T].to(device, non_blocking=True))
 
             # Act 2, advantages. What follows an episode's last obs[t] is its true last observation, also where a time
             # limit ended it: V there is what (td) bootstraps from.
             with torch.no_grad():
-                images = frames.to(device, non_blocking=True)
                 old_log_prob, _ = agent.evaluate_actions(x[:-1], actions)
                 values = agent.value(x)
                 arrays = (rewards, terminated, done, valid)
@@ -730,6 +748,7 @@ def train(args):
             *kl_and_clipping, deviation = diagnostics(torch.stack(log_ratios), torch.cat(weights), args.clip_coef)
             variance = explained_variance(values[:-1][is_valid], returns[is_valid])
             means = torch.stack(losses).mean(0).tolist() + kl_and_clipping
+            # Over the processes: means, but the largest of the deviations.
             means, deviations, variances, finished = zip(*gather((means, deviation, variance, finished)))
             means, variances = np.mean(means, 0).tolist(), [variance for variance in variances if variance != ""]
             if not all(map(math.isfinite, (*means, parameters.detach().sum()))):
@@ -738,8 +757,9 @@ def train(args):
             finished = sorted(itertools.chain(*finished))
             score, length = np.mean(finished, 0)[1:].tolist() if finished else ("", "")
             seconds, sps = time.perf_counter() - began, iteration_size / (time.perf_counter() - started)
-            row = [iteration, iteration * iteration_size, len(finished), score, length, *means[:3], *means[4:]]
-            row += [max(deviations), np.mean(variances).item() if variances else "", means[3]]
+            policy, value, entropy, grad_norm, *kl_and_clipping = means
+            row = [iteration, iteration * iteration_size, len(finished), score, length, policy, value, entropy]
+            row += [*kl_and_clipping, max(deviations), np.mean(variances).item() if variances else "", grad_norm]
             row += [optimizer.param_groups[0]["lr"], round(sps), round(seconds, 3)]
             if RANK == 0:
                 for episode in finished:
@@ -757,7 +777,8 @@ def train(args):
                     videos = run_dir / "videos" / f"iteration-{iteration}"
                     evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
     except (KeyboardInterrupt, SystemExit):
-        command = f"python {SCRIPT} --resume {shlex.quote(str(run_dir))}"
+        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
+        command = f"{launcher} {SCRIPT} --resume {shlex.quote(str(run_dir))}"
         if RANK == 0:
             print(f"\nstopped; `{command}` continues from step {saved * iteration_size:,}", file=sys.stderr)
         raise
@@ -766,6 +787,8 @@ def train(args):
             envs.close()
         if RANK == 0:
             logger.close()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     return run_dir
 
 
@@ -776,11 +799,13 @@ def main():
         signal.signal(number, lambda number, _: sys.exit(128 + number) if signals else signals.append(number))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    console = sys.stderr if RANK == 0 else sys.stdout
+    console = sys.stderr if LOCAL_RANK == 0 else sys.stdout  # one of each machine reports bad input
     args = tyro.cli(Args, description=__doc__)
     try:
         if args.resume and args.evaluate:
             reject("evaluate", args.evaluate, "cannot go with --resume; resume first, then evaluate")
+        if args.evaluate and WORLD_SIZE > 1:
+            reject("evaluate", args.evaluate, "runs in one process: start it without torchrun")
         if args.resume or args.evaluate:  # the run's own flags take the place of the defaults
             saved, _ = load_run("resume" if args.resume else "evaluate", args, compare=False)
             saved.capture_video &= args.resume is not None
@@ -794,8 +819,8 @@ def main():
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=console)
         sys.exit(2)
-    except (FloatingPointError, MemoryError, OSError) as error:
-        print(f"{SCRIPT}: stopped: {error}", file=console)
+    except (FloatingPointError, MemoryError, torch.OutOfMemoryError, OSError) as error:
+        print(f"{SCRIPT}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
 
 

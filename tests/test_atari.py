@@ -342,21 +342,31 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert outcome(found[0].parent) == outcome(next((tmp_path / "whole").iterdir()))
 
 
-def test_a_film_is_in_colour_and_changes_nothing(tmp_path, monkeypatch, capsys):
-    films = []
-    keep = lambda film, folder, *_, **options: films.append((list(film), folder, options))
-    monkeypatch.setattr(ppo, "save_video", keep)
+class FakeWriter:
+    films = {}
+
+    def __init__(self, path, size, fps):
+        assert size == (160, 210) and fps == 15
+        self.film = self.films.setdefault(path, [])
+
+    def write_frame(self, picture):
+        self.film.append(picture.copy())
+
+    def close(self):
+        pass
+
+
+def test_a_film_is_in_colour_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "FFMPEG_VideoWriter", FakeWriter)
     args = ppo.Args(env_id="Pong", num_envs=2, eval_episodes=2, max_episode_frames=1200, bf16="off")
     envs = ppo.make_envs(args)
     agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
     scores = ppo.evaluate(args, agent.state_dict())
     np.testing.assert_array_equal(scores, ppo.evaluate(args, agent.state_dict(), tmp_path))
-    assert [options["episode_index"] for *_, options in films] == [0, 0, 1, 1]
-    assert {folder for _, folder, _ in films} == {f"{tmp_path}/env-{n}" for n in range(2)}
-    for film, *_ in films:
+    assert set(FakeWriter.films) == {f"{tmp_path}/env-{n}/game-{game}.mp4" for n in range(2) for game in range(2)}
+    for film in FakeWriter.films.values():
         assert 290 <= len(film) <= 301
-        picture = film[100]
-        assert picture.shape == (210, 160, 3) and (picture.max(2) > picture.min(2)).any()
+        assert film[100].shape == (210, 160, 3) and (film[100].max(2) > film[100].min(2)).any()
 
 
 def test_a_film_is_written(tmp_path):
@@ -416,7 +426,7 @@ def test_steps_and_games_of_all_processes_are_counted(two_ranks):
 def test_another_number_of_processes_is_refused(two_ranks):
     result = program("--resume", str(two_ranks[1]), env=GLOO)
     (line,) = result.stderr.splitlines()
-    assert result.returncode == 2 and "--resume" in line and "torchrun --nproc-per-node 2" in line
+    assert result.returncode == 2 and "--resume" in line and "by 2 process" in line and "torchrun" in line
 
 
 def test_a_stopped_run_of_two_processes_resumes_exactly(tmp_path):
@@ -434,11 +444,22 @@ def test_a_stopped_run_of_two_processes_resumes_exactly(tmp_path):
     children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGTERM)  # to one of the processes alone: all of them end together
     _, errors = stopped.communicate()
-    (step,) = re.findall(r"stopped; .* continues from step ([\d,]+)", errors)
+    (step,) = re.findall(r"stopped; `torchrun --nproc-per-node 2 .* continues from step ([\d,]+)", errors)
     assert stopped.returncode != 0 and 128 <= int(step.replace(",", "")) < 512
     assert program(*flags, f"--runs-dir={tmp_path / 'whole'}", script=run, env=GLOO).returncode == 0
     assert program("--resume", str(found[0].parent), script=run, env=GLOO).returncode == 0
     assert outcome(found[0].parent) == outcome(next((tmp_path / "whole").iterdir()))
+
+
+def test_memory_that_is_not_there_gets_one_line(tmp_path):
+    result = program("--num-steps=1000000000", "--total-timesteps=8000000000", f"--runs-dir={tmp_path / 'runs'}")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and line.startswith("ppo_atari.py: stopped: Unable to allocate")
+
+
+def test_checkpoints_are_ten_of_the_longest_games_apart(tmp_path, capsys):
+    train(tmp_path, total_timesteps=64, save_every=1, max_episode_frames=800, update_epochs=1)
+    assert "warning: --save-every 1 cuts many episodes short; 125 is enough" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -451,6 +472,7 @@ def test_a_stopped_run_of_two_processes_resumes_exactly(tmp_path):
         (["--max-episode-frames", "10"], "must be in"),
         (["--num-minibatches", "3"], "must divide"),
         (["--total-timesteps", "1023"], "at least one rollout, 1024"),
+        (["--env-id", "CarRacing-v3"], "no script here trains on its images"),
     ],
 )
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, argv, advice):
