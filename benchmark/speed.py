@@ -55,6 +55,7 @@ def stable_baselines3(script, steps):
 
 def train_sb3(script, steps):
     """Prints the steps per second of stable-baselines3's PPO with the hyperparameters of CleanRL's script."""
+    import ale_py  # noqa: F401, registers the games
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
