@@ -34,9 +34,9 @@ import time
 import uuid
 import warnings
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import ale_py
 import gymnasium as gym
@@ -51,9 +51,9 @@ from tqdm import tqdm
 SCRIPT = "ppo_atari.py"
 CPU_THREADS = torch.get_num_threads()
 STOP_SIGNALS = []  # those that have come in
-SIGNALS_HERE = []  # under torchrun: those of this process, until train tells all, so that none waits for one that left
-RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes train together
+TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # it tells every process which it is
+RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))  # how many processes train together
 LIMITS = {  # (lowest value, highest value): flags
     (1, 10**12): ["total_timesteps", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"],
     (1, 10**5): ["num_envs"],
@@ -139,6 +139,11 @@ class Args:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:  # also rejects nan
                     reject(name, value, f"must be in [{low}, {high}]")
+        for name in ("resume", "evaluate"):
+            if getattr(self, name) == "":
+                reject(name, '""', "must name a run directory")
+        if len(self.exp_name) > 100:
+            reject("exp_name", self.exp_name, "must have at most 100 characters")
 
 
 def exit_if_stopped():
@@ -219,17 +224,20 @@ class Film(gym.vector.VectorWrapper):
 def make_envs(args, video_dir=None):
     """A gymnasium VectorEnv of args.num_envs games, filmed into video_dir. Raises UsageError for other environments."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-    games = {re.sub(r"^ALE/|-v5$", "", name) for name in gym.registry if name.startswith("ALE/")}
-    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", args.env_id)  # PongNoFrameskip-v4 → Pong
-    if game not in games:
+    specs = [spec for spec in gym.registry.values() if "ale_py" in str(spec.entry_point)]
+    games = {spec.kwargs["game"]: spec.name for spec in specs if spec.namespace == "ALE"}  # as in "pong": "Pong"
+    names = {spec.id: games[spec.kwargs["game"]] for spec in specs} | {game: game for game in games.values()}
+    game = names.get(args.env_id.removeprefix("ale_py:").replace("Deterministic", "NoFrameskip"))
+    if game is None:
         try:
             with warnings.catch_warnings(action="ignore"):
                 env = gym.make(args.env_id)
         except Exception:
             if args.env_id in gym.registry:
                 reject("env_id", args.env_id, "is no Atari game: use ppo.py or ppo_continuous.py")
-            (nearest,) = difflib.get_close_matches(game, games, 1, 0)
-            reject("env_id", args.env_id, f"is no Atari game. The nearest is {nearest}.")
+            lower = {name.lower(): name for name in names}
+            (nearest,) = difflib.get_close_matches(args.env_id.lower(), lower, 1, 0)
+            reject("env_id", args.env_id, f"is no Atari game. The nearest is {lower[nearest]}.")
         script = "ppo_continuous.py" if isinstance(env.action_space, gym.spaces.Box) else "ppo.py"
         images = len(env.observation_space.shape or ()) > 1
         advice = ", and no script here trains on its images" if images else f": use {script}"
@@ -508,6 +516,13 @@ def save_checkpoint(run_dir, agent, optimizer, **progress):
     os.replace(temporary, run_dir / "checkpoint.pt")
 
 
+def fits(value, kind):
+    """Whether a value from args.json is one that a flag of this type can have."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+
+
 def load_run(flag, args, compare=True):
     """Flags and checkpoint of the run that --resume or --evaluate names. Raises UsageError where it is none of ours,
     and, with `compare`, for a flag of args that contradicts the run's."""
@@ -518,6 +533,9 @@ def load_run(flag, args, compare=True):
         saved = json.loads((path / "args.json").read_text())
         if (script := saved.pop("script")) == SCRIPT:
             saved, checkpoint = Args(**saved), torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
+            for field in fields(saved):
+                assert fits(getattr(saved, field.name), field.type), f"{field.name} is {getattr(saved, field.name)!r}"
+            assert checkpoint.keys() >= {"agent", "optimizer", "iteration", "seconds"}, "a part is missing"
             for name, size in checkpoint["sizes"].items():
                 assert (path / name).stat().st_size >= size, f"{name} is shorter than it was"
     except Exception as error:
@@ -557,14 +575,19 @@ class Logger:
 
     def __init__(self, args, run_dir, total_steps, sizes):
         """sizes: the lengths of the files at the checkpoint to go on from; what is beyond them is made again."""
+        self.recent_returns, self.total, self.shown = deque(maxlen=100), total_steps, 0
+        self.files = {name: open(run_dir / name, "a", newline="") for name in HEADERS}
+        if hasattr(os, "lockf"):  # not on Windows
+            try:
+                os.lockf(self.files["metrics.csv"].fileno(), os.F_TLOCK, 0)  # held while this process lives
+            except BlockingIOError:
+                reject("resume", run_dir, "is being trained by another process; stop that first")
         self.tracker = None
         if args.track:
             try:
                 self.tracker = start_tracking(args, run_dir)
             except Exception as error:
                 print(f"{SCRIPT}: not tracked: {first_line(error)}", file=sys.stderr)
-        self.recent_returns, self.total, self.shown = deque(maxlen=100), total_steps, 0
-        self.files = {name: open(run_dir / name, "a", newline="") for name in HEADERS}
         for name, file in self.files.items():
             file.truncate(sizes.get(name, 0))
             if name not in sizes:
@@ -615,18 +638,18 @@ def train(args):
     if checkpoint and checkpoint["world_size"] != WORLD_SIZE:
         advice = f"was trained by {checkpoint['world_size']} process(es), not {WORLD_SIZE}: start as many"
         reject("resume", args.resume, advice + " (torchrun --nproc-per-node)")
-    if checkpoint and checkpoint["iteration"] == iterations:
+    if checkpoint and checkpoint["iteration"] >= iterations:
         print(f"{args.resume} is finished: all its {iterations} iterations are done")
         return Path(args.resume)
     device = setup_device(args)
     envs = make_envs(args)
     if args.total_timesteps % iteration_size:
         print(f"{args.total_timesteps:,} steps are rounded down to {iterations} iterations of {iteration_size}")
-    ten_episodes = math.ceil(10 * args.max_episode_frames / 4 / T)  # in iterations; a step is four frames
-    save_every = max(math.ceil(iterations / 20), ten_episodes) if args.save_every is None else args.save_every
+    two_longest = math.ceil(2 * args.max_episode_frames / 4 / T)  # games, in iterations; a step is four frames
+    save_every = max(math.ceil(iterations / 20), two_longest) if args.save_every is None else args.save_every
     save_every = save_every or iterations
-    if save_every < min(ten_episodes, iterations) and RANK == 0:
-        print(f"warning: --save-every {save_every} cuts many episodes short; {ten_episodes} is enough", file=sys.stderr)
+    if save_every < min(two_longest, iterations) and RANK == 0:
+        print(f"warning: --save-every {save_every} cuts many games short; {two_longest} is enough", file=sys.stderr)
 
     if WORLD_SIZE > 1:
         dist.init_process_group()
@@ -671,7 +694,8 @@ def train(args):
     try:
         for iteration in range(saved + 1, iterations + 1):
             started, first_step = time.perf_counter(), (iteration - 1) * iteration_size
-            STOP_SIGNALS.extend(itertools.chain(*gather(SIGNALS_HERE)))  # so all processes stop at the same step
+            for number in itertools.chain(*gather(STOP_SIGNALS)):  # all processes stop at the same iteration
+                sys.exit(128 + number)
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)  # (lr)
             if iteration - 1 == saved:
@@ -691,7 +715,8 @@ def train(args):
                     x[t] = features(images[t])
                     if t == T:  # the observation that the next rollout starts from: only for the bootstrap
                         break
-                    exit_if_stopped()
+                    if WORLD_SIZE == 1:  # otherwise the others would wait for this process
+                        exit_if_stopped()
                     actions[t] = agent.act(x[t], noise[t])
                     obs, reward, terminated[t], truncated, info = envs.step(agent.env_action(actions[t]))
                     rewards[t] = np.sign(reward) if args.clip_rewards else reward
@@ -723,7 +748,8 @@ def train(args):
             # Act 3, update. Every epoch shuffles all rows and goes once over them, in M minibatches.
             losses, log_ratios, weights = [], [], []
             for _ in range(args.update_epochs):
-                exit_if_stopped()
+                if WORLD_SIZE == 1:
+                    exit_if_stopped()
                 order = torch.randperm(batch_size, device=device)
                 *rows, adv, w = (tensor[order].unflatten(0, (M, -1)) for tensor in batch)  # (M, B, …)
                 if args.norm_adv and args.norm_adv_over == "minibatch":
@@ -776,7 +802,7 @@ def train(args):
                 if RANK == 0 and args.capture_video:
                     videos = run_dir / "videos" / f"iteration-{iteration}"
                     evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
         launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
         command = f"{launcher} {SCRIPT} --resume {shlex.quote(str(run_dir))}"
         if RANK == 0:
@@ -794,9 +820,8 @@ def train(args):
 
 def main():
     """The command line. Exit status: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    signals = STOP_SIGNALS if WORLD_SIZE == 1 else SIGNALS_HERE
     for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program wherever it is
-        signal.signal(number, lambda number, _: sys.exit(128 + number) if signals else signals.append(number))
+        signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     console = sys.stderr if LOCAL_RANK == 0 else sys.stdout  # one of each machine reports bad input
@@ -820,7 +845,14 @@ def main():
         print(f"{SCRIPT}: {error}", file=console)
         sys.exit(2)
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError, OSError) as error:
-        print(f"{SCRIPT}: stopped: {error}", file=sys.stderr)
+        if RANK == 0 or not isinstance(error, FloatingPointError):  # which all processes meet
+            print(f"{SCRIPT}: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:  # of torch.distributed, where another process is gone
+        if not re.search("connection|socket", str(error), re.I):
+            raise
+        if not STOP_SIGNALS:
+            print(f"{SCRIPT}: process {RANK} stopped: another process has", file=sys.stderr)
         sys.exit(1)
 
 

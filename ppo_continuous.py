@@ -27,9 +27,9 @@ import time
 import uuid
 import warnings
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import gymnasium as gym
 import numpy as np
@@ -126,6 +126,11 @@ class Args:
                 value = getattr(self, name)
                 if value is not None and not low <= value <= high:  # also rejects nan
                     reject(name, value, f"must be in [{low}, {high}]")
+        for name in ("resume", "evaluate"):
+            if getattr(self, name) == "":
+                reject(name, '""', "must name a run directory")
+        if len(self.exp_name) > 100:
+            reject("exp_name", self.exp_name, "must have at most 100 characters")
 
 
 def exit_if_stopped():
@@ -152,7 +157,9 @@ def make_envs(args, video_dir=None):
             reject("env_id", args.env_id, "is an Atari game: use ppo_atari.py")
         advice = first_line(error)
         if isinstance(error, gym.error.UnregisteredEnv):
-            advice += f" The nearest is {difflib.get_close_matches(args.env_id.split(':')[-1], gym.registry, 1, 0)[0]}."
+            names = {name.lower(): name for name in gym.registry}
+            nearest = difflib.get_close_matches(args.env_id.split(":")[-1].lower(), names, 1, 0)
+            advice += f" The nearest is {names[nearest[0]]}."
         if "vector entry point" in advice:
             reject("vectorization_mode", args.vectorization_mode, f"{advice} Use sync or async.")
         reject("env_id", args.env_id, advice)
@@ -455,6 +462,13 @@ def save_checkpoint(run_dir, agent, optimizer, **progress):
     os.replace(temporary, run_dir / "checkpoint.pt")
 
 
+def fits(value, kind):
+    """Whether a value from args.json is one that a flag of this type can have."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+
+
 def load_run(flag, args, compare=True):
     """Flags and checkpoint of the run that --resume or --evaluate names. Raises UsageError where it is none of ours,
     and, with `compare`, for a flag of args that contradicts the run's."""
@@ -465,6 +479,9 @@ def load_run(flag, args, compare=True):
         saved = json.loads((path / "args.json").read_text())
         if (script := saved.pop("script")) == SCRIPT:
             saved, checkpoint = Args(**saved), torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
+            for field in fields(saved):
+                assert fits(getattr(saved, field.name), field.type), f"{field.name} is {getattr(saved, field.name)!r}"
+            assert checkpoint.keys() >= {"agent", "optimizer", "iteration", "seconds"}, "a part is missing"
             for name, size in checkpoint["sizes"].items():
                 assert (path / name).stat().st_size >= size, f"{name} is shorter than it was"
     except Exception as error:
@@ -504,14 +521,19 @@ class Logger:
 
     def __init__(self, args, run_dir, total_steps, sizes):
         """sizes: the lengths of the files at the checkpoint to go on from; what is beyond them is made again."""
+        self.recent_returns, self.total, self.shown = deque(maxlen=100), total_steps, 0
+        self.files = {name: open(run_dir / name, "a", newline="") for name in HEADERS}
+        if hasattr(os, "lockf"):  # not on Windows
+            try:
+                os.lockf(self.files["metrics.csv"].fileno(), os.F_TLOCK, 0)  # held while this process lives
+            except BlockingIOError:
+                reject("resume", run_dir, "is being trained by another process; stop that first")
         self.tracker = None
         if args.track:
             try:
                 self.tracker = start_tracking(args, run_dir)
             except Exception as error:
                 print(f"{SCRIPT}: not tracked: {first_line(error)}", file=sys.stderr)
-        self.recent_returns, self.total, self.shown = deque(maxlen=100), total_steps, 0
-        self.files = {name: open(run_dir / name, "a", newline="") for name in HEADERS}
         for name, file in self.files.items():
             file.truncate(sizes.get(name, 0))
             if name not in sizes:
@@ -558,7 +580,7 @@ def train(args):
     if iterations == 0:
         reject("total_timesteps", args.total_timesteps, f"must be at least one rollout, {batch_size}")
     checkpoint = load_run("resume", args)[1] if args.resume else None
-    if checkpoint and checkpoint["iteration"] == iterations:
+    if checkpoint and checkpoint["iteration"] >= iterations:
         print(f"{args.resume} is finished: all its {iterations} iterations are done")
         return Path(args.resume)
     device = setup_device(args)
@@ -705,7 +727,7 @@ def train(args):
                 if args.capture_video:
                     videos = run_dir / "videos" / f"iteration-{iteration}"
                     evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
         command = f"python {SCRIPT} --resume {shlex.quote(str(run_dir))}"
         print(f"\nstopped; `{command}` continues from step {saved * batch_size:,}", file=sys.stderr)
         raise

@@ -10,6 +10,7 @@ ppo                    the classic tasks of ppo.py
 continuous             MuJoCo, with the default flags of ppo_continuous.py
 continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
 continuous-defaults    which default flags ppo_continuous.py should have, beside those of "continuous"
+atari                  Pong and Breakout, with the default flags of ppo_atari.py; hours each
 """
 
 import argparse
@@ -64,6 +65,10 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
     "continuous-defaults": (
         "ppo_continuous.py",
         [(f"{env}-{name}", env, flags, 3) for name, flags in VARIANTS.items() for env in LOCOMOTION],
+    ),
+    "atari": (
+        "ppo_atari.py",
+        [("Pong", "Pong", "--total-timesteps 3000000", 1), ("Breakout", "Breakout", "", 1)],
     ),
 }
 

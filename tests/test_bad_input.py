@@ -91,6 +91,7 @@ def saved(finished_run, tmp_path):
     ("env_id", "advice"),
     [
         ("CartPol-v1", "nearest is CartPole-v1"),
+        ("cartpole-v1", "nearest is CartPole-v1"),
         ("CartPole-v99", "nearest is CartPole-v1"),
         ("environments:Stubb-v0", "nearest is Stub-v0"),
         ("Cart Pole-v1", "Malformed"),
@@ -186,6 +187,10 @@ def test_runs_dir_is_a_file(refused, tmp_path, below):
     refused("--runs-dir", runs, "name a directory", *SMALL, "--runs-dir", runs)
 
 
+def test_exp_name_too_long_for_a_directory(refused):
+    refused("--exp-name", "x" * 101, "at most 100 characters")
+
+
 # --resume and --evaluate
 
 
@@ -205,6 +210,11 @@ def damage(saved, how):
         settings.write_text("{")
     elif how == "unknown flag":
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"nonsense": 1}))
+    elif how.startswith("wrong"):
+        wrong = {"num_envs": "2", "num_steps": 16.5, "gamma": None, "norm_adv_over": "rollout", "greedy": 1.0}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {how[6:]: wrong[how[6:]]}))
+    elif how == "no iteration":
+        torch.save({k: v for k, v in torch.load(checkpoint).items() if k != "iteration"}, checkpoint)
     elif how == "no object":
         settings.write_text("[]")
     elif how == "log":
@@ -222,6 +232,12 @@ def damage(saved, how):
         ("incomplete", "damaged"),
         ("settings", "damaged"),
         ("unknown flag", "damaged.*nonsense"),
+        ("wrong num_envs", "damaged.*num_envs is '2'"),
+        ("wrong num_steps", "damaged.*num_steps is 16.5"),
+        ("wrong gamma", "damaged.*gamma is None"),
+        ("wrong norm_adv_over", "damaged.*norm_adv_over is 'rollout'"),
+        ("wrong greedy", "damaged.*greedy is 1.0"),
+        ("no iteration", "damaged.*missing"),
         ("no object", "damaged"),
         ("log", "metrics.csv is shorter"),
     ],
@@ -234,6 +250,7 @@ def test_damaged_run(refused, saved, mode, how, advice):
 @pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
 def test_no_run(refused, saved, tmp_path, mode):
     (tmp_path / "empty").mkdir()
+    refused(mode, '""', "must name a run directory", mode, "")
     refused(mode, tmp_path / "missing", "does not exist; runs are in")
     refused(mode, tmp_path / "empty", "is no run directory")
     refused(mode, saved / "args.json", "is no run directory|does not exist")

@@ -286,6 +286,20 @@ def test_a_killed_run_resumes_exactly(tmp_path, env_id, mode):
     assert outcome(checkpoint.parent) == outcome(expected)
 
 
+def test_a_run_that_is_being_trained_is_not_trained_by_another_process_too(tmp_path):
+    flags = ["--total-timesteps=100000000", "--save-every=10", f"--runs-dir={tmp_path}"]
+    running = subprocess.Popen([sys.executable, str(ROOT / "ppo.py"), *flags], stdout=subprocess.DEVNULL)
+    while not (found := list(tmp_path.glob("*/checkpoint.pt"))):
+        time.sleep(0.01)
+    args = ppo.Args(total_timesteps=100_000_000, save_every=10, resume=str(found[0].parent))
+    with pytest.raises(ppo.UsageError, match="--resume .* is being trained by another process"):
+        ppo.train(args)
+    running.kill()
+    running.communicate()
+    iterations = [int(row["iteration"]) for row in read(found[0].parent / "metrics.csv")]
+    assert iterations == list(range(1, 1 + len(iterations)))
+
+
 def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
     flags = {"total_timesteps": 6144, "save_every": 4}
     whole = train(tmp_path, **flags)
