@@ -513,11 +513,12 @@ class Logger:
         """sizes: the lengths of the files at the checkpoint to go on from; what is beyond them is made again."""
         self.recent_returns, self.total, self.shown = deque(maxlen=100), total_steps, 0
         self.files = {name: open(run_dir / name, "a", newline="") for name in HEADERS}
-        if hasattr(os, "lockf"):  # not on Windows
-            try:
-                os.lockf(self.files["metrics.csv"].fileno(), os.F_TLOCK, 0)  # held while this process lives
-            except BlockingIOError:
-                reject("resume", run_dir, "is being trained by another process; stop that first")
+        try:
+            os.lockf(self.files["metrics.csv"].fileno(), os.F_TLOCK, 0)  # held while this process lives
+        except BlockingIOError:
+            reject("resume", run_dir, "is being trained by another process; stop that first")
+        except (AttributeError, OSError):  # Windows and some file systems have no locks
+            pass
         self.tracker = None
         if args.track:
             try:
