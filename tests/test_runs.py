@@ -206,7 +206,9 @@ def test_a_full_disk(start, call, tmp_path):
     program = start(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     _, message = program.communicate(timeout=60)
     assert program.returncode == 1
-    assert message.count("\n") == 1 and message.startswith("ppo.py: stopped: "), message
+    how_to_go_on, why = message.strip().splitlines()
+    assert why.startswith("ppo.py: stopped: [Errno 27] File too large"), message
+    assert f"--resume {only_run(tmp_path).relative_to(tmp_path)}` continues from step 0" in how_to_go_on
     assert load(only_run(tmp_path))["iteration"] == 0
     assert call("--resume", only_run(tmp_path))[0] == 0
     assert load(only_run(tmp_path))["iteration"] == len(rows(only_run(tmp_path))) == 4
