@@ -3,9 +3,10 @@
     python benchmark/report.py             # rewrites README.md between its table markers, and the figures
     python benchmark/report.py --check     # only says whether the tables are up to date (exit status 1 if not)
 
-Scores are the mean return of the last 100 training episodes of a run, and for continuous control also the best of ten
-evaluations on the way, of ten episodes each, which is what Tianshou reports. Over seeds: the interquartile mean with a
-95 % percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation, which is what others publish.
+Scores are the mean return of the last 100 training episodes of a run. Over seeds: the interquartile mean with a 95 %
+percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation, which is what others publish. For
+continuous control also what Tianshou reports: each run is evaluated on the way, ten episodes each time, and of the
+means over seeds the best is taken, with the standard deviation over seeds at that step.
 """
 
 import csv
@@ -42,6 +43,12 @@ PUBLISHED_CONTINUOUS = {  # environment: CleanRL (last episodes of training), Ti
 }
 
 
+PUBLISHED_ATARI = {  # game: CleanRL, openai/baselines, rl-zoo3, all after 10,000,000 steps
+    "Pong": ("20.4 ± 0.2", "20.5 ± 0.5", "21.0 ± 0.1"),
+    "Breakout": ("414.7 ± 28.1", "406.6 ± 31.6", "398 ± 33"),
+}
+
+
 def read(path):
     return list(csv.DictReader(io.StringIO(gzip.decompress(path.read_bytes()).decode())))
 
@@ -56,15 +63,18 @@ def runs(study):
 
 
 def last_100(run):
-    return returns_of(run, "episodes")[-100:].mean()
+    return column_of(run, "episodes")[-100:].mean()
 
 
-def returns_of(run, table):
-    return np.array([float(row["episodic_return"]) for row in read(run.with_name(f"{run.name}.{table}.csv.gz"))])
+def column_of(run, table, column="episodic_return"):
+    return np.array([float(row[column]) for row in read(run.with_name(f"{run.name}.{table}.csv.gz"))])
 
 
-def best_evaluation(run):
-    return returns_of(run, "evaluations").reshape(10, 10).mean(1).max()
+def best_evaluation(seeds):
+    """Mean and standard deviation over the seeds at the evaluation of the ten where that mean is best."""
+    scores = np.array([column_of(run, "evaluations").reshape(10, 10).mean(1) for run in seeds])
+    best = scores[:, scores.mean(0).argmax()]
+    return best.mean(), best.std(ddof=1) if len(best) > 1 else 0.0
 
 
 def iqm(scores, axis=-1):
@@ -106,13 +116,13 @@ def continuous_scores():
         seeds = runs("continuous").get(label, {}).values()
         if len(seeds) < 2:
             continue
-        last, best = (np.array([score(run) for run in seeds]) for score in (last_100, best_evaluation))
-        ratio = np.mean([returns_of(run, "reloaded").mean() for run in seeds]) / last.mean()
+        last, (best, deviation) = np.array([last_100(run) for run in seeds]), best_evaluation(seeds)
+        ratio = np.mean([column_of(run, "reloaded").mean() for run in seeds]) / last.mean()
         digits = 1 if abs(last.mean()) < 500 else 0
         low, high = interval(last)
         cells = [label, len(last), f"**{number(iqm(last), digits)}** [{number(low, digits)}, {number(high, digits)}]"]
         cells += [f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}", cleanrl]
-        cells += [f"**{number(best.mean(), digits)}** ± {number(best.std(ddof=1), digits)}", tianshou]
+        cells += [f"**{number(best, digits)}** ± {number(deviation, digits)}", tianshou]
         lines.append("| " + " | ".join(map(str, [*cells, number(ratio, 2)])) + " |")
     return lines
 
@@ -126,10 +136,26 @@ def continuous_sb3():
         cells = [environment]
         for seeds in (ours, theirs, theirs):
             label = environment if seeds is ours else f"{environment}-{('default', 'tuned')[len(cells) > 3]}"
-            for score in (last_100, best_evaluation):
-                scores = [score(run) for run in seeds.get(label, {}).values()]
-                cells.append(f"{number(np.mean(scores), 0)} ({len(scores)} seeds)" if scores else "")
+            found = list(seeds.get(label, {}).values())
+            scores = [np.mean([last_100(run) for run in found]), best_evaluation(found)[0]] if found else []
+            cells += [f"{number(score, 0)} ({len(found)} seeds)" for score in scores] or ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def atari_scores():
+    head = ["game", "steps", "seeds", "mean score of the last 100 games", "worst seed", "games played"]
+    head += ["CleanRL", "baselines", "rl-zoo3"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for game, published in PUBLISHED_ATARI.items():
+        seeds = runs("atari").get(game, {}).values()
+        if not seeds:
+            continue
+        scores = np.array([last_100(run) for run in seeds])
+        played = [len(column_of(run, "episodes")) for run in seeds]
+        steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
+        cells = [game, f"{steps:,}", len(scores), f"**{number(scores.mean())}**", number(scores.min())]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{round(np.mean(played)):,}", *published])) + " |")
     return lines
 
 
@@ -175,6 +201,7 @@ TABLES = {
     "continuous-scores": continuous_scores,
     "continuous-sb3": continuous_sb3,
     "continuous-defaults": continuous_defaults,
+    "atari-scores": atari_scores,
     "ppo-speed": lambda: speed("ppo"),
     "continuous-speed": lambda: speed("ppo_continuous"),
     "atari-speed": lambda: speed("ppo_atari"),
@@ -217,7 +244,7 @@ def figures(study, name, columns):
         curves = np.array(curves)
         axis.plot(grid, iqm(curves, axis=0), color="C0")
         axis.fill_between(grid, curves.min(0), curves.max(0), color="C0", alpha=0.2)
-        axis.set_title(f"{label}, {len(curves)} seeds")
+        axis.set_title(f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
         axis.set_xlabel("environment steps")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes[:, 0]:
@@ -230,8 +257,8 @@ def main():
     if "--check" in sys.argv:
         sys.exit(render(text) != text and "README.md differs from benchmark/results: run benchmark/report.py")
     README.write_text(render(text))
-    figures("ppo", "ppo.png", 4)
-    figures("continuous", "continuous.png", 5)
+    for study, columns in (("ppo", 4), ("continuous", 5), ("atari", 2)):
+        figures(study, f"{study}.png", columns)
 
 
 if __name__ == "__main__":
