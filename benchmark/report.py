@@ -111,20 +111,23 @@ def ppo_scores():
 def continuous_scores():
     head = ["environment", "seeds", "last 100: interquartile mean [95 %]", "mean ± std", "CleanRL"]
     head += ["best evaluation: mean ± std", "Tianshou", "reloaded / last 100"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines, losses = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
     for label, (cleanrl, tianshou) in PUBLISHED_CONTINUOUS.items():
         seeds = runs("continuous").get(label, {}).values()
         if len(seeds) < 2:
             continue
         last, (best, deviation) = np.array([last_100(run) for run in seeds]), best_evaluation(seeds)
-        ratio = np.mean([column_of(run, "reloaded").mean() for run in seeds]) / last.mean()
+        reloaded = np.array([column_of(run, "reloaded").mean() for run in seeds])
+        losses += list((last - reloaded) / abs(last))
         digits = 1 if abs(last.mean()) < 500 else 0
         low, high = interval(last)
         cells = [label, len(last), f"**{number(iqm(last), digits)}** [{number(low, digits)}, {number(high, digits)}]"]
         cells += [f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}", cleanrl]
         cells += [f"**{number(best, digits)}** ± {number(deviation, digits)}", tianshou]
-        lines.append("| " + " | ".join(map(str, [*cells, number(ratio, 2)])) + " |")
-    return lines
+        cells.append(number(reloaded.mean() / last.mean(), 2))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%} below its last 100 episodes."
+    return [*lines, "", worst]
 
 
 def continuous_sb3():
