@@ -141,7 +141,7 @@ def continuous_sb3():
             label = environment if seeds is ours else f"{environment}-{('default', 'tuned')[len(cells) > 3]}"
             found = list(seeds.get(label, {}).values())
             scores = [np.mean([last_100(run) for run in found]), best_evaluation(found)[0]] if found else []
-            cells += [f"{number(score, 0)} ({len(found)} seeds)" for score in scores] or ["", ""]
+            cells += [f"{number(score, 0)} ({len(found)} seed{'s' * (len(found) > 1)})" for score in scores] or ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
