@@ -152,18 +152,18 @@ def continuous_sb3():
 
 
 def atari_scores():
-    head = ["game", "steps", "seeds", "mean score of the last 100 games", "worst seed", "games played"]
-    head += ["CleanRL", "baselines", "rl-zoo3"]
+    head = ["game", "steps", "seeds", "last 100 games: mean score", "worst seed", "trained agent, 100 games"]
+    head += ["games played", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for game, published in PUBLISHED_ATARI.items():
-        seeds = runs("atari").get(game, {}).values()
-        if not seeds:
-            continue
+    for label, found in runs("atari").items():
+        game, seeds = label.split("-")[0], found.values()
         scores = np.array([last_100(run) for run in seeds])
-        played = [len(column_of(run, "episodes")) for run in seeds]
+        reloaded = np.mean([column_of(run, "reloaded").mean() for run in seeds])
+        played = np.mean([len(column_of(run, "episodes")) for run in seeds])
         steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
-        cells = [game, f"{steps:,}", len(scores), f"**{number(scores.mean())}**", number(scores.min())]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{round(np.mean(played)):,}", *published])) + " |")
+        cells = [game, f"{steps:,}", str(len(scores)), f"**{number(scores.mean())}**", number(scores.min())]
+        cells += [number(reloaded), f"{played:,.0f}", *PUBLISHED_ATARI[game]]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -10,7 +10,7 @@ ppo                    the classic tasks of ppo.py
 continuous             MuJoCo, with the default flags of ppo_continuous.py
 continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
 continuous-defaults    which default flags ppo_continuous.py should have, beside those of "continuous"
-atari                  Pong and Breakout, with the default flags of ppo_atari.py; hours each
+atari                  Pong and Breakout, with the default flags of ppo_atari.py but for their steps; hours each
 """
 
 import argparse
@@ -68,7 +68,11 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
     ),
     "atari": (
         "ppo_atari.py",
-        [("Pong", "Pong", "--total-timesteps 3000000", 1), ("Breakout", "Breakout", "", 1)],
+        [
+            ("Pong-3M", "Pong", "--total-timesteps 3000000", 1),
+            ("Pong-4M", "Pong", "--total-timesteps 4000000", 1),
+            ("Breakout-10M", "Breakout", "", 1),
+        ],
     ),
 }
 
@@ -81,6 +85,11 @@ def run(study, script, label, env_id, flags, seed):
         command = [sys.executable, ROOT / script, "--env-id", env_id, "--seed", str(seed), "--runs-dir", runs_dir]
         subprocess.run([*command, *flags.split(), "--threads", "1"], check=True, stdout=subprocess.DEVNULL)
         (run_dir,) = Path(runs_dir).iterdir()
+        if study == "atari":  # the finished agent, loaded from its directory, plays a hundred games
+            command = [sys.executable, ROOT / script, "--evaluate", run_dir, "--num-envs", "20", "--eval-episodes", "5"]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            scores = output.splitlines()[-1].split()
+            (run_dir / "reloaded.csv").write_text("\n".join(["episodic_return", *scores, ""]))
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in run_dir.glob("[!0]*.csv"):
             target.with_name(f"{target.name}.{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
