@@ -112,7 +112,7 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus, c_e in (total)
     vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
     max_grad_norm: float = 0.5  # scale the whole gradient down if its norm is larger; inf: never
-    target_kl: float | None = None  # stop an update after the first epoch whose mean (k3) exceeds this
+    target_kl: float | None = None  # stop an update after the first epoch whose mean (k3) exceeds this; None: never
     clip_rewards: bool = True  # learn from the sign of a reward; scores are the game's own
     episodic_life: bool = True  # a lost life counts as terminated, though the game goes on
     sticky_actions: float = 0.0  # probability that the last action is repeated; newer papers have 0.25
@@ -128,7 +128,7 @@ class Args:
     evaluate: str | None = None  # play the agent of this run directory instead of training
     eval_episodes: int = 10  # how many --evaluate plays in each environment
     greedy: bool = False  # --evaluate: the most probable action instead of a sampled one
-    capture_video: bool = False  # film --evaluate, or in training one episode at every checkpoint
+    capture_video: bool = False  # film --evaluate, by default of one environment; in training one episode a checkpoint
     track: bool = False  # log to Weights & Biases; offline where it cannot be reached
     wandb_project_name: str = "ppo"  # project on Weights & Biases
 
@@ -834,7 +834,8 @@ def main():
             reject("evaluate", args.evaluate, "runs in one process: start it without torchrun")
         if args.resume or args.evaluate:  # the run's own flags take the place of the defaults
             saved, _ = load_run("resume" if args.resume else "evaluate", args, compare=False)
-            saved.capture_video &= args.resume is not None
+            if args.evaluate:  # films are asked for anew, and of one environment unless told otherwise
+                saved.capture_video, saved.num_envs = False, 1 if args.capture_video else saved.num_envs
             args = tyro.cli(Args, description=__doc__, default=saved)
         if args.evaluate:
             _, checkpoint = load_run("evaluate", args)

@@ -197,7 +197,8 @@ def test_a_killed_run_resumes_exactly(tmp_path, env_id):
 
 def test_a_saved_agent_plays_as_well_as_it_did_in_training(tmp_path):
     """The statistics are saved with the agent and frozen: no collapse after loading."""
-    args = ppo.Args(env_id="InvertedPendulum-v5", total_timesteps=60_000, runs_dir=str(tmp_path), save_every=0)
+    flags = {"num_envs": 16, "num_steps": 128, "total_timesteps": 60_000, "save_every": 0}
+    args = ppo.Args(env_id="InvertedPendulum-v5", runs_dir=str(tmp_path), **flags)
     run_dir = ppo.train(args)
     returns = [float(row["episodic_return"]) for row in read(run_dir / "episodes.csv")]
     assert np.mean(returns[:20]) < 40

@@ -285,6 +285,8 @@ def test_evaluation_films_every_episode(call, cartpole, monkeypatch):
     assert status == 0 and len(evaluation(output)[1]) == len(films) == 4
     assert all(film.read_bytes()[4:8] == b"ftyp" for film in films)
     assert evaluation(output) == evaluation(call(*argv)[1])  # filming changes nothing
+    assert call("--evaluate", cartpole, "--eval-episodes", 1, "--capture-video")[0] == 0
+    assert len(list(cartpole.glob("videos/*/*/*.mp4"))) == 4 + 1  # of one environment
 
 
 def test_training_films_an_episode_at_every_checkpoint(call, tmp_path, monkeypatch):
