@@ -190,17 +190,20 @@ def speed(script):
 
 def continuous_defaults():
     found, chosen = runs("continuous-defaults"), runs("continuous")
-    variants = ["default", "8x256", "16x128", "32x64", "64x32", "8x256-no-norm-adv"]
-    lines = ["| environment | " + " | ".join(f"`{variant}`" for variant in variants) + " |"]
-    lines.append("|---" * (len(variants) + 1) + "|")
-    for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
+    variants = ["default", "16x128-target-kl", "64x32-target-kl", "64x32", "8x256-no-norm-adv"]
+    variants += [f"{shape}-clip-vloss" for shape in ("8x256", "16x128", "32x64", "64x32")]
+    lines = ["| environment | " + " | ".join(f"`{name}`" for name in variants) + " | (k3) of `default` |"]
+    lines.append("|---" * (len(variants) + 2) + "|")
+    for environment in chosen:
         cells = [environment]
         for variant in variants:
             seeds = chosen.get(environment) if variant == "default" else found.get(f"{environment}-{variant}")
             scores = np.array([last_100(run) for run in (seeds or {}).values()])
-            each = ", ".join(number(score, 0) for score in scores)
-            cells.append(f"**{number(scores.mean(), 0)}** ({each})" if len(scores) else "")
-        lines.append("| " + " | ".join(cells) + " |")
+            digits = 1 if len(scores) and abs(scores.mean()) < 500 else 0
+            deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
+            cells.append(f"**{number(scores.mean(), digits)}**{deviation} ({len(scores)})" if len(scores) else "")
+        kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in chosen[environment].values()])
+        lines.append(f"| {' | '.join(cells)} | {number(kl, 3)} |")
     return lines
 
 

@@ -37,11 +37,16 @@ LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
 MUJOCO = [f"{name}-v5" for name in "HalfCheetah Hopper Walker2d Ant Swimmer Humanoid Reacher".split()]
 MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
 VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
-    "8x256": "--num-envs 8 --num-steps 256 --clip-vloss",
-    "16x128": "--num-envs 16 --num-steps 128 --clip-vloss",
-    "32x64": "--num-envs 32 --num-steps 64 --clip-vloss",
-    "64x32": "--num-envs 64 --num-steps 32 --clip-vloss",
-    "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --no-norm-adv --vf-coef 0.25",
+    "8x256-clip-vloss": "--num-envs 8 --num-steps 256 --target-kl None --clip-vloss",
+    "16x128-clip-vloss": "--num-envs 16 --num-steps 128 --target-kl None --clip-vloss",
+    "32x64-clip-vloss": "--num-envs 32 --num-steps 64 --target-kl None --clip-vloss",
+    "64x32-clip-vloss": "--num-envs 64 --num-steps 32 --target-kl None --clip-vloss",
+    "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --target-kl None --no-norm-adv --vf-coef 0.25",
+    "64x32": "--num-envs 64 --num-steps 32 --target-kl None --compile",
+}
+TARGET_KL = {  # the same, for all tasks
+    "16x128-target-kl": "--num-envs 16 --num-steps 128 --target-kl 0.02 --compile",
+    "64x32-target-kl": "--num-envs 64 --num-steps 32 --target-kl 0.02 --compile",
 }
 STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
     "ppo": (
@@ -63,8 +68,9 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
         ],
     ),
     "continuous-defaults": (
-        "ppo_continuous.py",
-        [(f"{env}-{name}", env, flags, 3) for name, flags in VARIANTS.items() for env in LOCOMOTION],
+        "benchmark/train_and_evaluate.py",
+        [(f"{env}-{name}", env, flags, 3) for name, flags in VARIANTS.items() for env in LOCOMOTION]
+        + [(f"{env}-{name}", env, flags, 5) for name, flags in TARGET_KL.items() for env in MUJOCO],
     ),
     "atari": (
         "ppo_atari.py",
