@@ -349,6 +349,7 @@ def test_evaluation_plays_whole_episodes_as_many_in_each_environment():
 
 def test_compiled_training_equals_eager_and_compiles_once(tmp_path):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # other tests of this process count too
     eager = read(train(tmp_path, total_timesteps=2048) / "metrics.csv")
     compiled = read(train(tmp_path, total_timesteps=2048, compile=True) / "metrics.csv")
     for one, other in zip(eager, compiled):
