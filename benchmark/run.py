@@ -42,9 +42,9 @@ VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
     "32x64-clip-vloss": "--num-envs 32 --num-steps 64 --target-kl None --clip-vloss",
     "64x32-clip-vloss": "--num-envs 64 --num-steps 32 --target-kl None --clip-vloss",
     "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --target-kl None --no-norm-adv --vf-coef 0.25",
-    "64x32": "--num-envs 64 --num-steps 32 --target-kl None --compile",
 }
-TARGET_KL = {  # the same, for all tasks
+VARIANTS_ON_ALL = {  # the same, on all tasks
+    "64x32": "--num-envs 64 --num-steps 32 --target-kl None --compile",
     "16x128-target-kl": "--num-envs 16 --num-steps 128 --target-kl 0.02 --compile",
     "64x32-target-kl": "--num-envs 64 --num-steps 32 --target-kl 0.02 --compile",
 }
@@ -70,7 +70,7 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
     "continuous-defaults": (
         "benchmark/train_and_evaluate.py",
         [(f"{env}-{name}", env, flags, 3) for name, flags in VARIANTS.items() for env in LOCOMOTION]
-        + [(f"{env}-{name}", env, flags, 5) for name, flags in TARGET_KL.items() for env in MUJOCO],
+        + [(f"{env}-{name}", env, flags, 5) for name, flags in VARIANTS_ON_ALL.items() for env in MUJOCO],
     ),
     "atari": (
         "ppo_atari.py",
