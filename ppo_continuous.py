@@ -99,7 +99,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus, c_e in (total)
     vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
     max_grad_norm: float = 0.5  # scale the whole gradient down if its norm is larger; inf: never
-    target_kl: float | None = None  # stop an update after the first epoch whose mean (k3) exceeds this; None: never
+    target_kl: float | None = 0.02  # stop an update after the first epoch whose mean (k3) exceeds this; None: never
     norm_obs: bool = True  # normalise observations by running mean and variance, (obs-norm)
     norm_reward: bool = True  # divide rewards by the running deviation of the return, (rew-norm)
     initial_log_std: float = -0.5  # log of the first standard deviation of the actions, (gaussian)

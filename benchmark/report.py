@@ -190,9 +190,9 @@ def speed(script):
 
 def continuous_defaults():
     found, chosen = runs("continuous-defaults"), runs("continuous")
-    variants = ["default", "16x128-target-kl", "64x32-target-kl", "64x32", "8x256-no-norm-adv"]
+    variants = ["default", "16x128", "64x32-target-kl", "64x32", "8x256-no-norm-adv"]
     variants += [f"{shape}-clip-vloss" for shape in ("8x256", "16x128", "32x64", "64x32")]
-    lines = ["| environment | " + " | ".join(f"`{name}`" for name in variants) + " | (k3) of `default` |"]
+    lines = ["| environment | " + " | ".join(f"`{name}`" for name in variants) + " | (k3) of `16x128` |"]
     lines.append("|---" * (len(variants) + 2) + "|")
     for environment in chosen:
         cells = [environment]
@@ -202,7 +202,7 @@ def continuous_defaults():
             digits = 1 if len(scores) and abs(scores.mean()) < 500 else 0
             deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
             cells.append(f"**{number(scores.mean(), digits)}**{deviation} ({len(scores)})" if len(scores) else "")
-        kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in chosen[environment].values()])
+        kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in found[f"{environment}-16x128"].values()])
         lines.append(f"| {' | '.join(cells)} | {number(kl, 3)} |")
     return lines
 

@@ -44,8 +44,8 @@ VARIANTS = {  # of the flags that ppo_continuous.py might have as its defaults
     "8x256-no-norm-adv": "--num-envs 8 --num-steps 256 --target-kl None --no-norm-adv --vf-coef 0.25",
 }
 VARIANTS_ON_ALL = {  # the same, on all tasks
+    "16x128": "--num-envs 16 --num-steps 128 --target-kl None",
     "64x32": "--num-envs 64 --num-steps 32 --target-kl None --compile",
-    "16x128-target-kl": "--num-envs 16 --num-steps 128 --target-kl 0.02 --compile",
     "64x32-target-kl": "--num-envs 64 --num-steps 32 --target-kl 0.02 --compile",
 }
 STUDIES = {  # study: script, then (label, environment, flags, number of seeds, from 1)
@@ -58,7 +58,7 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, 3),
         ],
     ),
-    "continuous": ("benchmark/train_and_evaluate.py", [(env, env, "", 5) for env in MUJOCO]),
+    "continuous": ("benchmark/train_and_evaluate.py", [(env, env, "--compile", 5) for env in MUJOCO]),
     "continuous-sb3": (
         "benchmark/sb3.py",
         [
