@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo_atari as ppo
 
 seen = {"initial": None, "minibatches": [], "gradients": [], "parameters": []}
-loss, reduce, flat_parameters = ppo.ppo_loss, dist.all_reduce, ppo.flat_parameters
+loss, reduce, diagnostics = ppo.ppo_loss, dist.all_reduce, ppo.diagnostics
 
 
 def keep_minibatch(agent, args, *minibatch):
@@ -31,6 +31,12 @@ def keep_gradient(tensor, *rest):
     seen["gradients"].append(tensor / ppo.WORLD_SIZE)
 
 
-ppo.ppo_loss, dist.all_reduce = keep_minibatch, keep_gradient
+def very_different_kl(*args):
+    """0 on the first process; on the second it grows by 1 with every minibatch."""
+    old_kl, _, *rest = diagnostics(*args)
+    return old_kl, float(ppo.RANK * len(seen["minibatches"])), *rest
+
+
+ppo.ppo_loss, dist.all_reduce, ppo.diagnostics = keep_minibatch, keep_gradient, very_different_kl
 ppo.train(tyro.cli(ppo.Args, args=sys.argv[2:]))
 torch.save(seen, f"{sys.argv[1]}-{ppo.RANK}")

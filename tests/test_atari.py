@@ -361,17 +361,24 @@ class FakeWriter:
         pass
 
 
-def test_a_film_is_in_colour_and_changes_nothing(tmp_path, monkeypatch):
+def test_a_film_is_in_colour_shows_what_the_agent_sees_and_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "FFMPEG_VideoWriter", FakeWriter)
     args = ppo.Args(env_id="Pong", num_envs=2, eval_episodes=2, max_episode_frames=1200, bf16="off")
     envs = ppo.make_envs(args)
     agent = ppo.Agent(envs.single_observation_space, envs.single_action_space, args)
     scores = ppo.evaluate(args, agent.state_dict())
+    seen, features = [], ppo.Agent.features
+    monkeypatch.setattr(ppo.Agent, "features", lambda self, obs: seen.append(obs[:, -1].numpy()) or features(self, obs))
     np.testing.assert_array_equal(scores, ppo.evaluate(args, agent.state_dict(), tmp_path))
     assert set(FakeWriter.films) == {f"{tmp_path}/env-{n}/game-{game}.mp4" for n in range(2) for game in range(2)}
     for film in FakeWriter.films.values():
         assert 290 <= len(film) <= 301
         assert film[100].shape == (210, 160, 3) and (film[100].max(2) > film[100].min(2)).any()
+    for n in range(2):
+        for picture, obs in zip(FakeWriter.films[f"{tmp_path}/env-{n}/game-0.mp4"], seen[1:]):
+            grey = picture @ [0.299, 0.587, 0.114]  # shrinking to 84 × 84 leaves the means of 42 × 4 tiles as they are
+            means = grey.reshape(42, 5, 4, 40).mean((1, 3))
+            np.testing.assert_allclose(obs[n].reshape(42, 2, 4, 21).mean((1, 3)), means, atol=2)
 
 
 def test_a_film_is_written(tmp_path):
@@ -399,11 +406,12 @@ GLOO = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What each of two processes kept of a run of three iterations, and the run directory."""
+    """What each of two processes kept of a run of three iterations, 2 epochs × 2 minibatches, and the run directory."""
     folder = tmp_path_factory.mktemp("ranks")
     flags = [*FLAGS, "--total-timesteps=192", "--bf16=off", f"--runs-dir={folder / 'runs'}", "--save-every=1"]
+    flags += ["--target-kl=4.5"]
     result = program(
-        f"{folder}/rank", *flags, "--max-episode-frames=400", script=(*TORCHRUN, "tests/ranks.py"), env=GLOO
+        f"{folder}/rank", *flags, "--max-episode-frames=400", script=(*TORCHRUN, "tests/ranks.py"), env=GLOO, timeout=120
     )
     assert result.returncode == 0, result.stderr
     (run_dir,) = (folder / "runs").iterdir()  # one process alone writes
@@ -412,11 +420,17 @@ def two_ranks(tmp_path_factory):
 
 def test_parameters_stay_equal_and_worlds_differ(two_ranks):
     (first, second), _ = two_ranks
-    assert len(first["parameters"]) == 3 * 4
     for mine, other in zip(first["parameters"], second["parameters"]):
         assert torch.equal(mine, other)
     assert not torch.equal(first["parameters"][0], first["parameters"][-1])
     assert not torch.equal(first["minibatches"][0][0], second["minibatches"][0][0])
+
+
+def test_early_stopping_goes_by_the_mean_kl_of_all_processes(two_ranks):
+    """Of (0, 2), (0, 4), …, (0, 10) the mean exceeds 4.5 after the first epoch of the third iteration."""
+    (first, second), run_dir = two_ranks
+    assert len(first["minibatches"]) == len(second["minibatches"]) == 4 + 4 + 2
+    assert [float(row["approx_kl"]) for row in read(run_dir / "metrics.csv")] == [2, 4, 5]
 
 
 def test_the_averaged_gradient_is_that_of_the_rows_of_both(two_ranks):
@@ -474,6 +488,14 @@ def test_what_stops_one_process_alone_gets_one_line(tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("ppo_atari.py: --runs-dir") == 1
     assert 'ppo_atari.py", line' not in result.stderr  # no traceback of the process that waited for the other
+
+
+def test_weights_that_are_not_finite_end_all_processes_with_one_line(tmp_path):
+    flags = [*FLAGS, "--total-timesteps=128", f"--runs-dir={tmp_path}", "--learning-rate=1e12"]
+    result = program(*flags, script=(*TORCHRUN, "ppo_atari.py"), env=GLOO, timeout=120)
+    assert result.returncode != 0 and 'ppo_atari.py", line' not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "not finite" in line]
+    assert line.startswith("ppo_atari.py: stopped: iteration 1:") and "keeps the checkpoint of iteration 0" in line
 
 
 def test_variables_like_those_of_torchrun_mean_nothing_without_it(tmp_path):

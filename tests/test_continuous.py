@@ -149,6 +149,15 @@ def test_advantages_are_recomputed_in_every_epoch(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
+def test_target_kl_stops_after_the_epoch_that_exceeds_it(tmp_path, monkeypatch):
+    losses, original = [], ppo.ppo_loss
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: losses.append(1) or original(*args))
+    for target_kl, minibatches in ((1e-9, 4), (1e9, 8), (None, 8)):
+        losses.clear()
+        train(tmp_path, env_id="Pendulum-v1", total_timesteps=128, **SMALL, target_kl=target_kl)
+        assert len(losses) == minibatches
+
+
 @pytest.mark.parametrize(
     "change",
     [{"initial_log_std": 0.0}, {"rescale_actions": False}, {"recompute_advantages": False}, {"norm_obs": False},
