@@ -67,7 +67,7 @@ LIMITS = {  # (lowest value, highest value): flags
 LIMITS[0, 1] += ["sticky_actions"]
 LIMITS[400, 10**8] = ["max_episode_frames"]  # far above the number of no-ops, which AtariGames relies on
 MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
-    "resume": ["resume", "runs_dir", "device", "capture_video", "track", "wandb_project_name"],
+    "resume": ["resume", "runs_dir", "device", "threads", "capture_video", "track", "wandb_project_name"],
     "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
 }
 HEADERS = {  # columns

@@ -53,7 +53,7 @@ LIMITS = {  # (lowest value, highest value): flags
 }
 LIMITS[-10, 10] = ["initial_log_std"]
 MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
-    "resume": ["resume", "runs_dir", "device", "capture_video", "track", "wandb_project_name"],
+    "resume": ["resume", "runs_dir", "device", "threads", "capture_video", "track", "wandb_project_name"],
     "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
 }
 HEADERS = {  # columns

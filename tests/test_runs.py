@@ -176,8 +176,8 @@ def test_a_stopped_run_goes_on(start, call, tmp_path, mode, number, send, status
     expected = f"stopped; `python ppo.py --resume runs/{run_dir.name}` continues from step {step:,}"
     assert message.strip() == (expected if number != signal.SIGKILL else "")
 
-    status, output, _ = call("--resume", f"runs/{run_dir.name}")
-    assert status == 0 and f"step {20 * BATCH:,} of {20 * BATCH:,}" in output
+    status, output, _ = call("--resume", f"runs/{run_dir.name}", "--threads", 2)  # as if another machine went on
+    assert status == 0 and " 2 thread(s)" in output and f"step {20 * BATCH:,} of {20 * BATCH:,}" in output
     assert [int(row["iteration"]) for row in rows(run_dir)] == list(range(1, 21))
     assert load(run_dir)["iteration"] == 20
 
