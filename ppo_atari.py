@@ -775,7 +775,8 @@ def train(args):
             *kl_and_clipping, deviation = diagnostics(torch.stack(log_ratios), torch.cat(weights), args.clip_coef)
             variance = explained_variance(values[:-1][is_valid], returns[is_valid])
             means = torch.stack(losses).mean(0).tolist() + kl_and_clipping
-            # Over the processes: means, but the largest of the deviations.
+            # Now over all processes, which changes nothing where there is one: means of the numbers, but the largest
+            # deviation; an explained variance may be "", there being none; and every process's games in one list.
             means, deviations, variances, finished = zip(*gather((means, deviation, variance, finished)))
             means, variances = np.mean(means, 0).tolist(), [variance for variance in variances if variance != ""]
             if not all(map(math.isfinite, (*means, parameters.detach().sum()))):

@@ -161,7 +161,9 @@ def atari_scores():
         reloaded = np.mean([column_of(run, "reloaded").mean() for run in seeds])
         played = np.mean([len(column_of(run, "episodes")) for run in seeds])
         steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
-        cells = [game, f"{steps:,}", str(len(scores)), f"**{number(scores.mean())}**", number(scores.min())]
+        total = json.loads(next(iter(seeds)).with_name(f"{label}-1.args.json").read_text())["total_timesteps"]
+        done = f"{steps:,}" + f" of {total:,}" * (steps < 0.99 * total)  # unfinished
+        cells = [game, done, str(len(scores)), f"**{number(scores.mean())}**", number(scores.min())]
         cells += [number(reloaded), f"{played:,.0f}", *PUBLISHED_ATARI[game]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
