@@ -775,8 +775,7 @@ def train(args):
             *kl_and_clipping, deviation = diagnostics(torch.stack(log_ratios), torch.cat(weights), args.clip_coef)
             variance = explained_variance(values[:-1][is_valid], returns[is_valid])
             means = torch.stack(losses).mean(0).tolist() + kl_and_clipping
-            # Now over all processes, which changes nothing where there is one: means of the numbers, but the largest
-            # deviation; an explained variance may be "", there being none; and every process's games in one list.
+            # Over all processes: means (a variance may be ""), the largest of the deviations, all games in one list.
             means, deviations, variances, finished = zip(*gather((means, deviation, variance, finished)))
             means, variances = np.mean(means, 0).tolist(), [variance for variance in variances if variance != ""]
             if not all(map(math.isfinite, (*means, parameters.detach().sum()))):
