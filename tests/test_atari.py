@@ -409,10 +409,8 @@ def two_ranks(tmp_path_factory):
     """What each of two processes kept of a run of three iterations, 2 epochs × 2 minibatches, and the run directory."""
     folder = tmp_path_factory.mktemp("ranks")
     flags = [*FLAGS, "--total-timesteps=192", "--bf16=off", f"--runs-dir={folder / 'runs'}", "--save-every=1"]
-    flags += ["--target-kl=4.5"]
-    result = program(
-        f"{folder}/rank", *flags, "--max-episode-frames=400", script=(*TORCHRUN, "tests/ranks.py"), env=GLOO, timeout=120
-    )
+    flags += ["--target-kl=4.5", "--max-episode-frames=400"]
+    result = program(f"{folder}/rank", *flags, script=(*TORCHRUN, "tests/ranks.py"), env=GLOO, timeout=120)
     assert result.returncode == 0, result.stderr
     (run_dir,) = (folder / "runs").iterdir()  # one process alone writes
     return [torch.load(f"{folder}/rank-{rank}") for rank in range(2)], run_dir
