@@ -152,19 +152,20 @@ def continuous_sb3():
 
 
 def atari_scores():
-    head = ["game", "steps", "seeds", "last 100 games: mean score", "worst seed", "trained agent, 100 games"]
+    head = ["game", "steps", "seeds", "last 100 games: mean score", "trained agent, 100 games"]
     head += ["games played", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, found in runs("atari").items():
         game, seeds = label.split("-")[0], found.values()
         scores = np.array([last_100(run) for run in seeds])
-        reloaded = np.mean([column_of(run, "reloaded").mean() for run in seeds])
         played = np.mean([len(column_of(run, "episodes")) for run in seeds])
         steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
         total = json.loads(next(iter(seeds)).with_name(f"{label}-1.args.json").read_text())["total_timesteps"]
         done = f"{steps:,}" + f" of {total:,}" * (steps < 0.99 * total)  # unfinished
-        cells = [game, done, str(len(scores)), f"**{number(scores.mean())}**", number(scores.min())]
-        cells += [number(reloaded), f"{played:,.0f}", *PUBLISHED_ATARI[game]]
+        played_on = all(run.with_name(f"{run.name}.reloaded.csv.gz").exists() for run in seeds)
+        reloaded = number(np.mean([column_of(run, "reloaded").mean() for run in seeds])) if played_on else ""
+        cells = [game, done, str(len(scores)), f"**{number(scores.mean())}**", reloaded]
+        cells += [f"{played:,.0f}", *PUBLISHED_ATARI[game]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -254,10 +255,18 @@ def figures(study, name, columns):
             starts = np.maximum(counts - 100, 0)  # the last 100 episodes at each point
             with np.errstate(invalid="ignore"):
                 curves.append((sums[counts] - sums[starts]) / (counts - starts))
+            reached = column_of(run, "metrics", "global_step").max()
+            curves[-1][grid > reached + total / 100] = np.nan  # not there yet
         curves = np.array(curves)
         axis.plot(grid, iqm(curves, axis=0), color="C0")
         axis.fill_between(grid, curves.min(0), curves.max(0), color="C0", alpha=0.2)
+        if published := PUBLISHED_ATARI.get(label.split("-")[0]):
+            for source, style, score in zip(("CleanRL", "baselines", "rl-zoo3"), ("--", ":", "-."), published):
+                height, text = float(score.split(" ")[0]), f"{source}, after 10,000,000"
+                axis.axhline(height, color="C1", linestyle=style, linewidth=1, label=text)
+            axis.legend(fontsize="x-small")
         axis.set_title(f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
+        axis.set_xlim(0, total)
         axis.set_xlabel("environment steps")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes[:, 0]:

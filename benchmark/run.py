@@ -77,6 +77,7 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
         [
             ("Pong-3M", "Pong", "--total-timesteps 3000000", 1),
             ("Pong-4M", "Pong", "--total-timesteps 4000000", 1),
+            ("Pong-5M", "Pong", "--total-timesteps 5000000", 1),
             ("Breakout-10M", "Breakout", "", 1),
         ],
     ),
