@@ -11,6 +11,7 @@ continuous             MuJoCo, with the default flags of ppo_continuous.py
 continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
 continuous-defaults    which default flags ppo_continuous.py should have, beside those of "continuous"
 atari                  Pong and Breakout, with the default flags of ppo_atari.py but for their steps; hours each
+atari-bf16             whether computing in bfloat16 harms learning: the first 500,000 steps of Breakout with and without
 """
 
 import argparse
@@ -80,6 +81,10 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("Pong-5M", "Pong", "--total-timesteps 5000000", 1),
             ("Breakout-10M", "Breakout", "", 1),
         ],
+    ),
+    "atari-bf16": (
+        "ppo_atari.py",
+        [(f"Breakout-{bf16}", "Breakout", f"--total-timesteps 500000 --bf16 {bf16}", 3) for bf16 in ("on", "off")],
     ),
 }
 
