@@ -11,7 +11,7 @@ continuous             MuJoCo, with the default flags of ppo_continuous.py
 continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
 continuous-defaults    which default flags ppo_continuous.py should have, beside those of "continuous"
 atari                  Pong and Breakout, with the default flags of ppo_atari.py but for their steps; hours each
-atari-bf16             whether computing in bfloat16 harms learning: the first 500,000 steps of Breakout with and without
+atari-bf16             whether computing in bfloat16 harms learning: 500,000 steps of Breakout with and without
 """
 
 import argparse
