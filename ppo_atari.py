@@ -593,6 +593,8 @@ class Logger:
             file.truncate(sizes.get(name, 0))
             if name not in sizes:
                 csv.writer(file).writerow(HEADERS[name].split())
+        with open(run_dir / "episodes.csv", newline="") as file:
+            self.recent_returns.extend(float(row["episodic_return"]) for row in csv.DictReader(file))
         self.bar = tqdm(total=self.total, unit=" steps", disable=not sys.stderr.isatty())
 
     def log(self, name, *row):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def test_a_run_that_is_being_trained_is_not_trained_by_another_process_too(tmp_p
     assert iterations == list(range(1, 1 + len(iterations)))
 
 
-def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path, capsys):
     flags = {"total_timesteps": 6144, "save_every": 4}
     whole = train(tmp_path, **flags)
     with pytest.MonkeyPatch.context() as patch:
@@ -316,8 +317,13 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
             train(tmp_path / "crashed", **flags)
     run_dir = next((tmp_path / "crashed").iterdir())
     assert len(read(run_dir / "metrics.csv")) == 10
+    capsys.readouterr()
     ppo.train(ppo.Args(runs_dir=str(tmp_path / "crashed"), resume=str(run_dir), **flags))
     assert outcome(run_dir) == outcome(whole)
+    step, shown = re.search(r"^step ([\d,]+) of .*?return ([\d.]+)", capsys.readouterr().out, re.M).groups()
+    rows = [row for row in read(run_dir / "episodes.csv") if int(row["global_step"]) <= 9 * 512]
+    returns = [float(row["episodic_return"]) for row in rows[-100:]]  # most of them before the checkpoint
+    assert (step, shown) == (f"{9 * 512:,}", f"{np.mean(returns):.2f}")
 
 
 def test_an_agent_saved_and_loaded_acts_identically(tmp_path, capsys):
