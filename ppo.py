@@ -52,8 +52,8 @@ LIMITS = {  # (lowest value, highest value): flags
     (0, 2**32 - 1): ["seed"],
 }
 MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
-    "resume": ["resume", "runs_dir", "device", "threads", "capture_video", "track", "wandb_project_name"],
-    "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
+    "resume": "resume runs_dir device threads capture_video track wandb_project_name".split(),
+    "evaluate": "evaluate runs_dir device threads capture_video eval_episodes greedy num_envs seed".split(),
 }
 HEADERS = {  # columns
     "metrics.csv": "iteration global_step episodes episodic_return episodic_length policy_loss value_loss entropy "
@@ -253,7 +253,7 @@ class Agent(nn.Module):
         self.register_buffer("first_action", torch.tensor(int(action_space.start)))
         self.obs_stats = RunningStats(observation_space.shape[0])
         self.return_stats = RunningStats()
-        self.actor = mlp(observation_space.shape[0], self.num_actions, 0.01)  # at first all actions are as probable
+        self.actor = mlp(observation_space.shape[0], self.num_actions, 0.01)  # at first all are about as probable
         self.critic = mlp(observation_space.shape[0], 1, 1.0)
 
     def normalize(self, obs):
@@ -264,7 +264,7 @@ class Agent(nn.Module):
         return ((obs - mean) / std).clamp(-10, 10)
 
     def noise(self, *shape):
-        """Gumbel noise (*shape, A): logits + noise is largest at a with probability softmax(logits)_a."""
+        """Gumbel noise, −log of an exponential, (*shape, A): logits + noise is largest at a with softmax(logits)_a."""
         return -torch.empty(*shape, self.num_actions, device=self.first_action.device).exponential_().log()
 
     def act(self, x, noise):
@@ -402,6 +402,7 @@ def evaluate(args, state, video_dir=None):
     would be the short ones.
     """
     args.check()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     device = setup_device(args)
     if video_dir:
         check_renderer(args)
@@ -684,7 +685,7 @@ def train(args):
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                     optimizer.step()
                     losses.append(torch.stack((*parts, grad_norm)))
-                    log_ratios.append(log_ratio.clone())
+                    log_ratios.append(log_ratio.clone())  # CUDA graphs overwrite it
                 weights.append(w)
                 if args.target_kl is not None:
                     _, kl, _, _ = diagnostics(torch.stack(log_ratios[-M:]), w, args.clip_coef)

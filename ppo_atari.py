@@ -10,7 +10,8 @@ is yours to scale), but for --total-timesteps, which counts the steps of all:
     torchrun --nproc-per-node 8 ppo_atari.py
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo_atari.py    # on each
 Every process plays games of its own and normalises advantages over its own rows; gradients are averaged. Process 0
-writes the run directory; to --resume, as many processes must see it. A signal ends all after the iteration at hand.
+writes the run directory; --resume needs as many, who must all see it. A signal ends all after the iteration at hand,
+for which torchrun gives them 30 s.
 
 Map: Args, the flags · AtariGames, make_envs · Agent, the network · compute_gae, policy_loss, value_loss and the rest of
 the mathematics, labelled like (gae) as in the README · evaluate · the run directory: checkpoints and logs · train, the
@@ -51,9 +52,10 @@ from tqdm import tqdm
 SCRIPT = "ppo_atari.py"
 CPU_THREADS = torch.get_num_threads()
 STOP_SIGNALS = []  # those that have come in
-TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # it tells every process which it is
-RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))  # how many processes train together
+ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+TORCHRUN = os.environ if dist.is_torchelastic_launched() else ALONE  # it tells every process which it is:
+RANK, WORLD_SIZE = int(TORCHRUN["RANK"]), int(TORCHRUN["WORLD_SIZE"])  # its number, and how many train together
+LOCAL_RANK, LOCAL_WORLD_SIZE = int(TORCHRUN["LOCAL_RANK"]), int(TORCHRUN["LOCAL_WORLD_SIZE"])  # and on its machine
 LIMITS = {  # (lowest value, highest value): flags
     (1, 10**12): ["total_timesteps", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"],
     (1, 10**5): ["num_envs"],
@@ -67,8 +69,8 @@ LIMITS = {  # (lowest value, highest value): flags
 LIMITS[0, 1] += ["sticky_actions"]
 LIMITS[400, 10**8] = ["max_episode_frames"]  # far above the number of no-ops, which AtariGames relies on
 MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
-    "resume": ["resume", "runs_dir", "device", "threads", "capture_video", "track", "wandb_project_name"],
-    "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
+    "resume": "resume runs_dir device threads capture_video track wandb_project_name".split(),
+    "evaluate": "evaluate runs_dir device threads capture_video eval_episodes greedy num_envs seed".split(),
 }
 HEADERS = {  # columns
     "metrics.csv": "iteration global_step episodes episodic_return episodic_length policy_loss value_loss entropy "
@@ -114,7 +116,7 @@ class Args:
     max_grad_norm: float = 0.5  # scale the whole gradient down if its norm is larger; inf: never
     target_kl: float | None = None  # stop an update after the first epoch whose mean (k3) exceeds this; None: never
     clip_rewards: bool = True  # learn from the sign of a reward; scores are the game's own
-    episodic_life: bool = True  # a lost life counts as terminated, though the game goes on
+    episodic_life: bool = True  # a lost life counts as terminated and the game goes on; off: FIRE is the policy's
     sticky_actions: float = 0.0  # probability that the last action is repeated; newer papers have 0.25
     max_episode_frames: int = 108_000  # of the emulator, after which a game is cut off
 
@@ -226,6 +228,7 @@ def make_envs(args, video_dir=None):
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
     specs = [spec for spec in gym.registry.values() if "ale_py" in str(spec.entry_point)]
     games = {spec.kwargs["game"]: spec.name for spec in specs if spec.namespace == "ALE"}  # as in "pong": "Pong"
+    # Every id and every bare name → game. Deterministic ids are no longer registered; their games are the same.
     names = {spec.id: games[spec.kwargs["game"]] for spec in specs} | {game: game for game in games.values()}
     game = names.get(args.env_id.removeprefix("ale_py:").replace("Deterministic", "NoFrameskip"))
     if game is None:
@@ -259,7 +262,7 @@ def new_worlds(args, iteration, video_dir=None):
     """Environments built anew and their first observations. They and all random numbers from here on are a function of
     (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i, and
     i counts on from process to process."""
-    seeds = 2**31 - 1 - args.num_envs * WORLD_SIZE  # so many that ale-py takes
+    seeds = 2**31 - 1 - args.num_envs * WORLD_SIZE  # ale-py takes smaller ones than 2^31
     seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0]) % seeds + args.num_envs * RANK
     torch.manual_seed(seed)
     envs = make_envs(args, video_dir)
@@ -276,7 +279,7 @@ def setup_device(args):
     if device.type == "cuda":
         if WORLD_SIZE > 1 and device.index is not None:
             reject("device", args.device, "cannot serve all processes of torchrun: use cuda")
-        if LOCAL_RANK >= torch.cuda.device_count():
+        if LOCAL_WORLD_SIZE > torch.cuda.device_count():
             reject("device", args.device, f"has {torch.cuda.device_count()} GPU(s): use no larger --nproc-per-node")
         device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
         torch.cuda.set_device(device)
@@ -329,7 +332,7 @@ class Agent(nn.Module):
             orthogonal(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
         )
-        self.actor = orthogonal(nn.Linear(512, self.num_actions), 0.01)  # at first all actions are as probable
+        self.actor = orthogonal(nn.Linear(512, self.num_actions), 0.01)  # at first all are about as probable
         self.critic = orthogonal(nn.Linear(512, 1), 1.0)
 
     def features(self, obs):
@@ -342,7 +345,7 @@ class Agent(nn.Module):
             return self.network(x).float().unflatten(0, obs.shape[:-3])
 
     def noise(self, *shape):
-        """Gumbel noise (*shape, A): logits + noise is largest at a with probability softmax(logits)_a."""
+        """Gumbel noise, −log of an exponential, (*shape, A): logits + noise is largest at a with softmax(logits)_a."""
         return -torch.empty(*shape, self.num_actions, device=self.actor.bias.device).exponential_().log()
 
     def act(self, x, noise):
@@ -462,12 +465,13 @@ def explained_variance(values, returns):
 
 @torch.inference_mode()
 def evaluate(args, state, video_dir=None):
-    """Plays the agent of the state_dict `state`, its statistics frozen; prints and returns its returns.
+    """Plays the agent of the state_dict `state`; prints and returns its returns.
 
     They have the shape (num_envs, eval_episodes): as many of each environment, since the first to finish among all
     would be the short ones.
     """
     args.check()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     device = setup_device(args)
     envs, obs = new_worlds(args, 0, video_dir)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -628,7 +632,7 @@ class Logger:
 
 
 def train(args):
-    """Trains an agent, or goes on with the run in args.resume; returns the run directory (None but in process 0)."""
+    """Trains an agent, or goes on with the run in args.resume; returns the run directory."""
     args.check()
     T, N, M, batch_size = args.num_steps, args.num_envs, args.num_minibatches, args.num_steps * args.num_envs
     iteration_size = batch_size * WORLD_SIZE
@@ -671,7 +675,7 @@ def train(args):
         loss_function, features = torch.compile(ppo_loss, mode=mode), torch.compile(features, mode=mode)
 
     shape = envs.single_observation_space.shape
-    images = torch.from_numpy(np.zeros((T + 1, N, *shape), np.uint8)).to(device)
+    images = torch.from_numpy(np.zeros((T + 1, N, *shape), np.uint8)).to(device)  # numpy: MemoryError if too large
     staging = torch.zeros((N, *shape), dtype=torch.uint8, pin_memory=device.type == "cuda")  # for asynchronous copies
     x = torch.zeros((T + 1, N, 512), device=device)  # features, kept so that V and log π_old need no second pass
     actions = torch.zeros((T, N), dtype=torch.int64, device=device)
@@ -697,8 +701,8 @@ def train(args):
     try:
         for iteration in range(saved + 1, iterations + 1):
             started, first_step = time.perf_counter(), (iteration - 1) * iteration_size
-            for number in itertools.chain(*gather(STOP_SIGNALS)):  # all processes stop at the same iteration
-                sys.exit(128 + number)
+            if numbers := sum(gather(STOP_SIGNALS), []):  # all processes stop at the same iteration
+                sys.exit(128 + numbers[0])
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)  # (lr)
             if iteration - 1 == saved:
@@ -768,7 +772,7 @@ def train(args):
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                     optimizer.step()
                     losses.append(torch.stack((*parts, grad_norm)))
-                    log_ratios.append(log_ratio.clone())
+                    log_ratios.append(log_ratio.clone())  # CUDA graphs overwrite it
                 weights.append(w)
                 if args.target_kl is not None:
                     _, kl, _, _ = diagnostics(torch.stack(log_ratios[-M:]), w, args.clip_coef)
@@ -797,16 +801,17 @@ def train(args):
                 logger.log("metrics.csv", *row)
                 logger.show(iteration * iteration_size, sps)
             if iteration % save_every == 0 or iteration == iterations:
-                saved = iteration
                 if RANK == 0:
                     sizes = logger.sync()  # the rows reach the disk before the checkpoint that covers them
                     progress = {"iteration": iteration, "seconds": seconds, "world_size": WORLD_SIZE, "sizes": sizes}
                     save_checkpoint(run_dir, agent, optimizer, **progress)
-                if RANK == 0 and args.capture_video:
+                saved = iteration
+                if args.capture_video and RANK == 0:
                     videos = run_dir / "videos" / f"iteration-{iteration}"
                     evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
     except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
-        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nproc-per-node {WORLD_SIZE}"
+        machines = WORLD_SIZE // LOCAL_WORLD_SIZE
+        launcher = "python" if WORLD_SIZE == 1 else f"torchrun --nnodes {machines} --nproc-per-node {LOCAL_WORLD_SIZE}"
         command = f"{launcher} {SCRIPT} --resume {shlex.quote(str(run_dir))}"
         if RANK == 0:
             print(f"\nstopped; `{command}` continues from step {saved * iteration_size:,}", file=sys.stderr)
@@ -827,7 +832,7 @@ def main():
         signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    console = sys.stderr if LOCAL_RANK == 0 else sys.stdout  # one of each machine reports bad input
+    console = sys.stderr if LOCAL_RANK == 0 else sys.stdout  # once on each machine: there is no other stdout
     args = tyro.cli(Args, description=__doc__)
     try:
         if args.resume and args.evaluate:

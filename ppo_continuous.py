@@ -53,8 +53,8 @@ LIMITS = {  # (lowest value, highest value): flags
 }
 LIMITS[-10, 10] = ["initial_log_std"]
 MAY_DIFFER = {  # flags that may be given along with --resume or --evaluate
-    "resume": ["resume", "runs_dir", "device", "threads", "capture_video", "track", "wandb_project_name"],
-    "evaluate": ["evaluate", "runs_dir", "device", "capture_video", "eval_episodes", "greedy", "num_envs", "seed"],
+    "resume": "resume runs_dir device threads capture_video track wandb_project_name".split(),
+    "evaluate": "evaluate runs_dir device threads capture_video eval_episodes greedy num_envs seed".split(),
 }
 HEADERS = {  # columns
     "metrics.csv": "iteration global_step episodes episodic_return episodic_length policy_loss value_loss entropy "
@@ -412,6 +412,7 @@ def evaluate(args, state, video_dir=None):
     would be the short ones.
     """
     args.check()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     device = setup_device(args)
     if video_dir:
         check_renderer(args)
@@ -699,7 +700,7 @@ def train(args):
                     parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                     optimizer.step()
                     losses.append(torch.stack((*parts, grad_norm)))
-                    log_ratios.append(log_ratio.clone())
+                    log_ratios.append(log_ratio.clone())  # CUDA graphs overwrite it
                 weights.append(w)
                 if args.target_kl is not None:
                     _, kl, _, _ = diagnostics(torch.stack(log_ratios[-M:]), w, args.clip_coef)

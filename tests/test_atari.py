@@ -472,7 +472,7 @@ def test_a_stopped_run_of_two_processes_resumes_exactly(tmp_path):
     children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGTERM)  # to one of the processes alone: all of them end together
     _, errors = stopped.communicate()
-    (step,) = re.findall(r"stopped; `torchrun --nproc-per-node 2 .* continues from step ([\d,]+)", errors)
+    (step,) = re.findall(r"stopped; `torchrun --nnodes 1 --nproc-per-node 2 .* continues from step ([\d,]+)", errors)
     assert stopped.returncode != 0 and 128 <= int(step.replace(",", "")) < 512
     assert program(*flags, f"--runs-dir={tmp_path / 'whole'}", script=run, env=GLOO).returncode == 0
     assert program("--resume", str(found[0].parent), script=run, env=GLOO).returncode == 0
@@ -494,6 +494,30 @@ def test_weights_that_are_not_finite_end_all_processes_with_one_line(tmp_path):
     assert result.returncode != 0 and 'ppo_atari.py", line' not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if "not finite" in line]
     assert line.startswith("ppo_atari.py: stopped: iteration 1:") and "keeps the checkpoint of iteration 0" in line
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert ppo.setup_device(ppo.Args()) == torch.device("cuda", 0)
+    monkeypatch.setattr(ppo, "LOCAL_WORLD_SIZE", 2)
+    with pytest.raises(ppo.UsageError, match="has 1 GPU.*--nproc-per-node"):  # also in process 0, which speaks
+        ppo.setup_device(ppo.Args())
+
+
+def test_a_failed_save_does_not_count(tmp_path, monkeypatch, capsys):
+    original = ppo.save_checkpoint
+
+    def full_disk(*args, iteration, **progress):
+        if iteration == 2:
+            raise OSError(28, "No space left on device")
+        original(*args, iteration=iteration, **progress)
+
+    monkeypatch.setattr(ppo, "save_checkpoint", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        train(tmp_path, total_timesteps=96, save_every=1)
+    assert "continues from step 32" in capsys.readouterr().err
 
 
 def test_variables_like_those_of_torchrun_mean_nothing_without_it(tmp_path):

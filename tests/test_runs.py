@@ -275,6 +275,8 @@ def test_evaluation_prints_mean_deviation_and_every_return(call, cartpole):
     assert (mean, deviation) == pytest.approx((np.mean(returns), np.std(returns)), abs=0.01)
     assert call(*argv)[1] == output != call(*argv, "--seed", 7)[1]
     assert evaluation(call(*argv, "--greedy")[1])[1] != returns
+    assert call(*argv, "--threads", 2)[1] == output and torch.get_num_threads() == 2
+    assert call(*argv, "--threads", 1)[1] == output and torch.get_num_threads() == 1
 
 
 def test_evaluation_films_every_episode(call, cartpole, monkeypatch):
