@@ -286,6 +286,15 @@ def setup_device(args):
     return device
 
 
+def check_compiler(args, device):
+    """Raises UsageError for --compile where there is nothing to compile with."""
+    try:
+        if args.compile:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:
+        reject("compile", True, f"cannot work here: {first_line(error)}")
+
+
 def gather(x):
     """A list of what every process has for x."""
     everyone = [x] * WORLD_SIZE
@@ -475,7 +484,7 @@ def evaluate(args, state, video_dir=None):
     device = setup_device(args)
     envs, obs = new_worlds(args, 0, video_dir)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    agent.load_state_dict(state)
+    load_agent(agent, state, args)
     scores, running = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
     while min(map(len, scores)) < args.eval_episodes:
         exit_if_stopped()
@@ -507,6 +516,15 @@ def new_run_dir(args):
                 return run_dir
     except OSError as error:
         reject("runs_dir", args.runs_dir, f"cannot be written ({error.strerror}); name a directory that can")
+
+
+def load_agent(agent, state, args):
+    """Gives the agent the parameters and statistics of a checkpoint. Raises UsageError where they do not fit."""
+    try:
+        agent.load_state_dict(state)
+    except RuntimeError:
+        flag = "resume" if args.resume else "evaluate"
+        reject(flag, getattr(args, flag), f"was trained on other spaces than {args.env_id} has now")
 
 
 def save_checkpoint(run_dir, agent, optimizer, **progress):
@@ -649,6 +667,7 @@ def train(args):
         print(f"{args.resume} is finished: all its {iterations} iterations are done")
         return Path(args.resume)
     device = setup_device(args)
+    check_compiler(args, device)
     envs = make_envs(args)
     if args.total_timesteps % iteration_size:
         print(f"{args.total_timesteps:,} steps are rounded down to {iterations} iterations of {iteration_size}")
@@ -685,7 +704,7 @@ def train(args):
     run_dir, logger = None, None
     if args.resume:
         run_dir = Path(args.resume)
-        agent.load_state_dict(checkpoint["agent"])
+        load_agent(agent, checkpoint["agent"], args)
         optimizer.load_state_dict(checkpoint["optimizer"])
     elif RANK == 0:
         run_dir = new_run_dir(args)
@@ -828,7 +847,7 @@ def train(args):
 
 def main():
     """The command line. Exit status: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program wherever it is
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second one does not wait for the step at hand
         signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -182,6 +183,8 @@ def make_envs(args, video_dir=None):
 def check_renderer(args):
     """Raises UsageError where no picture of the environment can be made here."""
     try:
+        import moviepy  # noqa: F401, RecordVideo asks for it only after an episode
+
         with warnings.catch_warnings(action="ignore"):  # the error says it too
             env = gym.make(args.env_id, render_mode="rgb_array")
             env.reset()
@@ -194,7 +197,8 @@ def check_renderer(args):
 
 def new_worlds(args, iteration, video_dir=None):
     """Environments built anew and their first observations. They and all random numbers from here on are a function of
-    (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i."""
+    (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i, but
+    where one simulator plays them all."""
     seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0]) % (2**31 - 1 - args.num_envs)
     torch.manual_seed(seed)
     envs = make_envs(args, video_dir)
@@ -210,6 +214,15 @@ def setup_device(args):
     return torch.device(args.device if args.device != "auto" else "cuda" if "cuda" in devices else "cpu")
 
 
+def check_compiler(args, device):
+    """Raises UsageError for --compile where there is nothing to compile with."""
+    try:
+        if args.compile:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:
+        reject("compile", True, f"cannot work here: {first_line(error)}")
+
+
 class RunningStats(nn.Module):
     """Mean and variance of all rows seen so far, kept in buffers so that they are saved with the agent."""
 
@@ -217,7 +230,7 @@ class RunningStats(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))  # at first nearly no rows
 
     def update(self, x):
         """Merges the rows x (rows, *shape) by Chan's formula, so that any split into batches gives the same."""
@@ -231,13 +244,13 @@ class RunningStats(nn.Module):
         self.count.copy_(total)
 
 
-def mlp(inputs, outputs, output_std):
-    """Two hidden layers of 64 tanh units; orthogonal weights, scaled by sqrt(2) and output_std, and zero biases."""
-    sizes = [(inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, output_std)]
+def mlp(inputs, outputs, output_gain):
+    """Two hidden layers of 64 tanh units; orthogonal weights, scaled by sqrt(2) and output_gain, and zero biases."""
+    sizes = [(inputs, 64, math.sqrt(2)), (64, 64, math.sqrt(2)), (64, outputs, output_gain)]
     layers = []
-    for size_in, size_out, std in sizes:
+    for size_in, size_out, gain in sizes:
         linear = nn.Linear(size_in, size_out)
-        nn.init.orthogonal_(linear.weight, std)
+        nn.init.orthogonal_(linear.weight, gain)
         nn.init.zeros_(linear.bias)
         layers += [linear, nn.Tanh()]
     return nn.Sequential(*layers[:-1])
@@ -418,7 +431,7 @@ def evaluate(args, state, video_dir=None):
         check_renderer(args)
     envs, obs = new_worlds(args, 0, video_dir)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    agent.load_state_dict(state)
+    load_agent(agent, state, args)
     scores, running = [[] for _ in range(args.num_envs)], np.zeros(args.num_envs)
     while min(map(len, scores)) < args.eval_episodes:
         exit_if_stopped()
@@ -450,6 +463,15 @@ def new_run_dir(args):
                 return run_dir
     except OSError as error:
         reject("runs_dir", args.runs_dir, f"cannot be written ({error.strerror}); name a directory that can")
+
+
+def load_agent(agent, state, args):
+    """Gives the agent the parameters and statistics of a checkpoint. Raises UsageError where they do not fit."""
+    try:
+        agent.load_state_dict(state)
+    except RuntimeError:
+        flag = "resume" if args.resume else "evaluate"
+        reject(flag, getattr(args, flag), f"was trained on other spaces than {args.env_id} has now")
 
 
 def save_checkpoint(run_dir, agent, optimizer, **progress):
@@ -588,6 +610,7 @@ def train(args):
         print(f"{args.resume} is finished: all its {iterations} iterations are done")
         return Path(args.resume)
     device = setup_device(args)
+    check_compiler(args, device)
     envs = make_envs(args)
     if args.capture_video:
         check_renderer(args)
@@ -617,9 +640,9 @@ def train(args):
 
     if args.resume:
         run_dir = Path(args.resume)
-        logger = Logger(args, run_dir, iterations * batch_size, checkpoint["sizes"])
-        agent.load_state_dict(checkpoint["agent"])
+        load_agent(agent, checkpoint["agent"], args)
         optimizer.load_state_dict(checkpoint["optimizer"])
+        logger = Logger(args, run_dir, iterations * batch_size, checkpoint["sizes"])
     else:
         run_dir = new_run_dir(args)
         logger = Logger(args, run_dir, iterations * batch_size, {})
@@ -744,7 +767,8 @@ def train(args):
 
 def main():
     """The command line. Exit status: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the second one ends the program wherever it is
+    for number in (signal.SIGINT, signal.SIGTERM):  # the second one does not wait for the step at hand
+        # Workers inherit this, so that Ctrl-C in a terminal leaves them for envs.close().
         signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     args = tyro.cli(Args, description=__doc__)
     try:
@@ -764,9 +788,13 @@ def main():
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, MemoryError, OSError) as error:
+    except (FloatingPointError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         print(f"{SCRIPT}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        for worker in multiprocessing.active_children():  # of environments that were not closed
+            worker.kill()
+            worker.join()
 
 
 if __name__ == "__main__":

@@ -119,6 +119,11 @@ def test_an_environment_that_cannot_be_filmed(refused):
     refused("--capture-video", "True", "Stub-v0 cannot be filmed", *SMALL, "--capture-video")
 
 
+def test_films_need_moviepy(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    refused("--capture-video", "True", "moviepy", "--capture-video")
+
+
 # Numbers
 
 
@@ -248,6 +253,13 @@ def test_damaged_run(refused, saved, mode, how, advice):
 
 
 @pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
+def test_an_environment_that_has_changed_since(refused, saved, mode):
+    settings = json.loads((saved / "args.json").read_text())
+    (saved / "args.json").write_text(json.dumps(settings | {"env_id": "CartPole-v1", "total_timesteps": 96}))
+    refused(mode, saved, "other spaces than CartPole-v1")
+
+
+@pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
 def test_no_run(refused, saved, tmp_path, mode):
     (tmp_path / "empty").mkdir()
     refused(mode, '""', "must name a run directory", mode, "")
@@ -279,8 +291,8 @@ def test_resume_together_with_evaluate(refused, saved):
 # The real exit status, and the import
 
 
-def refused_by_program(folder, start, *argv):
-    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+def refused_by_program(folder, start, *argv, **variables):
+    variables |= os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, ppo.__file__, *argv]
     result = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
@@ -293,10 +305,16 @@ def refused_by_program(folder, start, *argv):
     [
         (["--num-envs", "0"], "ppo.py: --num-envs 0: must be"),
         (["--env-id", "LunarLander-v2"], "ppo.py: --env-id LunarLander-v2: "),  # gymnasium warns of it, too
+        (["--env-id", "Pendulum-v1", "--vectorization-mode", "async"], "ppo.py: --env-id Pendulum-v1: "),
     ],
 )
 def test_exit_status_and_one_line(tmp_path, argv, start):
     refused_by_program(tmp_path, start, *argv)
+
+
+def test_no_compiler(tmp_path):
+    variables = {"CXX": "/missing", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    refused_by_program(tmp_path, "ppo.py: --compile True: cannot work here: ", "--compile", **variables)
 
 
 def test_runs_dir_is_a_dangling_link(tmp_path):

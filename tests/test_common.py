@@ -13,7 +13,7 @@ SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SAME = [
     "UsageError", "reject", "first_line", "Args.check", "exit_if_stopped", "flat_parameters", "masked_mean",
     "compute_gae", "policy_loss", "value_loss", "normalize_advantages", "diagnostics", "explained_variance",
-    "new_run_dir", "save_checkpoint", "load_run", "start_tracking", "Logger",
+    "new_run_dir", "load_agent", "check_compiler", "save_checkpoint", "load_run", "start_tracking", "Logger",
     "LIMITS", "MAY_DIFFER", "HEADERS", "CPU_THREADS", "STOP_SIGNALS",
 ]  # fmt: skip
 SAME_AS_PPO = {  # besides

@@ -361,7 +361,7 @@ def test_compiled_training_equals_eager_and_compiles_once(tmp_path):
     for one, other in zip(eager, compiled):
         assert float(one["value_loss"]) == pytest.approx(float(other["value_loss"]), rel=1e-3)
         assert float(one["entropy"]) == pytest.approx(float(other["entropy"]), rel=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # check_compiler's and the loss
 
 
 def test_cartpole_is_learned(tmp_path):
