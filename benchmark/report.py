@@ -170,6 +170,19 @@ def atari_scores():
     return lines
 
 
+def atari_bf16():
+    head = ["`--bf16`", "seeds", "last 100 games: mean ± std", "all games: mean ± std", "each seed's last 100"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for bf16 in ("on", "off"):
+        seeds = runs("atari-bf16").get(f"Breakout-{bf16}", {}).values()
+        if len(seeds) < 2:
+            continue
+        last, overall = [last_100(run) for run in seeds], [column_of(run, "episodes").mean() for run in seeds]
+        means = [f"**{number(np.mean(x))}** ± {number(np.std(x, ddof=1))}" for x in (last, overall)]
+        lines.append(f"| {bf16} | {len(seeds)} | {' | '.join(means)} | {', '.join(map(number, last))} |")
+    return lines
+
+
 def speed(script):
     path = RESULTS / f"speed_{script}.json"
     if not path.exists():
@@ -216,6 +229,7 @@ TABLES = {
     "continuous-sb3": continuous_sb3,
     "continuous-defaults": continuous_defaults,
     "atari-scores": atari_scores,
+    "atari-bf16": atari_bf16,
     "ppo-speed": lambda: speed("ppo"),
     "continuous-speed": lambda: speed("ppo_continuous"),
     "atari-speed": lambda: speed("ppo_atari"),
