@@ -17,6 +17,7 @@ atari-bf16             whether computing in bfloat16 harms learning: 500,000 ste
 import argparse
 import gzip
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -89,6 +90,11 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
 }
 
 
+def six_digits(text):
+    """Numbers with more than six decimals, rounded to six significant digits: about half the size once compressed."""
+    return re.sub(r"-?\d+\.\d{7,}(e-?\d+)?", lambda found: f"{float(found[0]):.6g}", text)
+
+
 def run(study, script, label, env_id, flags, seed):
     target = RESULTS / study / f"{label}-{seed}"
     if target.with_name(f"{target.name}.args.json").exists():
@@ -104,7 +110,8 @@ def run(study, script, label, env_id, flags, seed):
             (run_dir / "reloaded.csv").write_text("\n".join(["episodic_return", *scores, ""]))
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in run_dir.glob("[!0]*.csv"):
-            target.with_name(f"{target.name}.{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+            text = six_digits(path.read_text()) if path.name == "metrics.csv" else path.read_text()
+            target.with_name(f"{target.name}.{path.name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
         args = json.loads((run_dir / "args.json").read_text()) | {"runs_dir": "runs"}
         target.with_name(f"{target.name}.args.json").write_text(json.dumps(args, indent=2) + "\n")
     print(f"{study}: {label}, seed {seed}: done", flush=True)
