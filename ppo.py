@@ -697,7 +697,7 @@ def train(args):
             for _ in range(args.update_epochs):
                 exit_if_stopped()
                 order = torch.randperm(batch_size, device=device)
-                *rows, adv, w = (tensor[order].unflatten(0, (M, -1)) for tensor in batch)  # (M, B, …)
+                *rows, adv, w = (tensor.index_select(0, order).unflatten(0, (M, -1)) for tensor in batch)  # (M, B, …)
                 if args.norm_adv and args.norm_adv_over == "minibatch":
                     adv = normalize_advantages(adv, w)  # of each of the M minibatches by itself
                 for minibatch in zip(*rows, adv, w):
