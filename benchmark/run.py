@@ -90,9 +90,9 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
 }
 
 
-def six_digits(text):
-    """Numbers with more than six decimals, rounded to six significant digits: about half the size once compressed."""
-    return re.sub(r"-?\d+\.\d{7,}(e-?\d+)?", lambda found: f"{float(found[0]):.6g}", text)
+def five_digits(text):
+    """Numbers with more than six decimals, rounded to five significant digits: about half the size once compressed."""
+    return re.sub(r"-?\d+\.\d{7,}(e-?\d+)?", lambda found: f"{float(found[0]):.5g}", text)
 
 
 def run(study, script, label, env_id, flags, seed):
@@ -110,7 +110,7 @@ def run(study, script, label, env_id, flags, seed):
             (run_dir / "reloaded.csv").write_text("\n".join(["episodic_return", *scores, ""]))
         target.parent.mkdir(parents=True, exist_ok=True)
         for path in run_dir.glob("[!0]*.csv"):
-            text = six_digits(path.read_text()) if path.name == "metrics.csv" else path.read_text()
+            text = five_digits(path.read_text()) if path.name == "metrics.csv" else path.read_text()
             target.with_name(f"{target.name}.{path.name}.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
         args = json.loads((run_dir / "args.json").read_text()) | {"runs_dir": "runs"}
         target.with_name(f"{target.name}.args.json").write_text(json.dumps(args, indent=2) + "\n")
