@@ -39,7 +39,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-# Read when torch is imported: its idle threads then soon leave the cores to the games, a tenth faster on two cores.
+# Read when torch is imported: its idle threads then soon leave the cores to the games.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -736,7 +736,7 @@ def train(args):
             # Act 1, rollout. A lost life reads terminated; rows that only reset and those where AtariGames pressed FIRE
             # are not valid. Scores are those of whole games: the row after the last one of a game says that it was.
             finished, noise = [], agent.noise(T, N)
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # off; it keeps the weights cast within
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # off, but caches features' bf16 weights
                 for t in range(T + 1):
                     staging.copy_(torch.from_numpy(obs).movedim(1, -1))  # channels last, once and for all
                     images[t].copy_(staging, non_blocking=True)
