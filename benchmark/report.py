@@ -46,6 +46,7 @@ PUBLISHED_CONTINUOUS = {  # environment: CleanRL (last episodes of training), Ti
 PUBLISHED_ATARI = {  # game: CleanRL, openai/baselines, rl-zoo3, all after 10,000,000 steps
     "Pong": ("20.4 ± 0.2", "20.5 ± 0.5", "21.0 ± 0.1"),
     "Breakout": ("414.7 ± 28.1", "406.6 ± 31.6", "398 ± 33"),
+    "BeamRider": ("1,916 ± 484", "2,643 ± 670", "3,397 ± 1,662"),
 }
 
 
@@ -276,7 +277,7 @@ def figures(study, name, columns):
         axis.fill_between(grid, curves.min(0), curves.max(0), color="C0", alpha=0.2)
         if published := PUBLISHED_ATARI.get(label.split("-")[0]):
             for source, style, score in zip(("CleanRL", "baselines", "rl-zoo3"), ("--", ":", "-."), published):
-                height, text = float(score.split(" ")[0]), f"{source}, after 10,000,000"
+                height, text = float(score.split(" ")[0].replace(",", "")), f"{source}, after 10,000,000"
                 axis.axhline(height, color="C1", linestyle=style, linewidth=1, label=text)
             axis.legend(fontsize="x-small")
         axis.set_title(f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")

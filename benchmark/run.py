@@ -10,7 +10,7 @@ ppo                    the classic tasks of ppo.py
 continuous             MuJoCo, with the default flags of ppo_continuous.py
 continuous-sb3         stable-baselines3's PPO on three of its tasks, its defaults and rl-zoo3's flags
 continuous-defaults    which default flags ppo_continuous.py should have, beside those of "continuous"
-atari                  Pong and Breakout, with the default flags of ppo_atari.py but for their steps; hours each
+atari                  Pong, Breakout and BeamRider, ppo_atari.py's default flags but for the steps; hours each
 atari-bf16             whether computing in bfloat16 harms learning: 500,000 steps of Breakout with and without
 """
 
@@ -81,6 +81,7 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("Pong-4M", "Pong", "--total-timesteps 4000000", 1),
             ("Pong-5M", "Pong", "--total-timesteps 5000000", 1),
             ("Breakout-10M", "Breakout", "", 1),
+            ("BeamRider-6M", "BeamRider", "--total-timesteps 6000000", 1),
         ],
     ),
     "atari-bf16": (

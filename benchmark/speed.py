@@ -34,7 +34,7 @@ STEPS = {  # all of them, and those not counted
     "ppo_atari": (20_480, 5_120),
 }
 THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
-CLASSIC = ["--num-envs", "1", "--num-steps", "2048", "--no-recompute-advantages", "--target-kl", "None"]
+CLASSIC = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None --clip-vloss".split()
 
 
 def ours(script, steps, *flags):
