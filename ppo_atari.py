@@ -39,7 +39,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-# Read when torch is imported: its idle threads then soon leave the cores to the games.
+# For OpenMP, read when torch is imported: how long its idle threads spin before they leave the cores to the games.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -56,9 +56,9 @@ SCRIPT = "ppo_atari.py"
 CPU_THREADS = torch.get_num_threads()
 STOP_SIGNALS = []  # those that have come in
 ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-TORCHRUN = os.environ if dist.is_torchelastic_launched() else ALONE  # it tells every process which it is:
-RANK, WORLD_SIZE = int(TORCHRUN["RANK"]), int(TORCHRUN["WORLD_SIZE"])  # its number, and how many train together
-LOCAL_RANK, LOCAL_WORLD_SIZE = int(TORCHRUN["LOCAL_RANK"]), int(TORCHRUN["LOCAL_WORLD_SIZE"])  # and on its machine
+TORCHRUN = os.environ if dist.is_torchelastic_launched() else ALONE
+RANK, WORLD_SIZE = int(TORCHRUN["RANK"]), int(TORCHRUN["WORLD_SIZE"])  # this process's number, and of how many
+LOCAL_RANK, LOCAL_WORLD_SIZE = int(TORCHRUN["LOCAL_RANK"]), int(TORCHRUN["LOCAL_WORLD_SIZE"])  # on this machine
 LIMITS = {  # (lowest value, highest value): flags
     (1, 10**12): ["total_timesteps", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"],
     (1, 10**5): ["num_envs"],
@@ -126,7 +126,7 @@ class Args:
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16 below the two heads; auto: where the hardware has it
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     threads: int = 0  # CPU threads of torch; 0: chosen by the size of a minibatch
-    compile: bool = False  # torch.compile the loss: slow to start, then faster (CUDA graphs on CUDA)
+    compile: bool = False  # torch.compile: slow to start, then often faster (CUDA graphs on CUDA)
     runs_dir: str = "runs"  # where run directories are made
     save_every: int | None = None  # iterations between checkpoints, 0: only at the end; default: 20 or fewer per run
     resume: str | None = None  # go on with the run in this directory, with its own flags
@@ -152,8 +152,8 @@ class Args:
 
 
 def exit_if_stopped():
-    """Ends the program between two steps of the environments, where all of its processes can be ended cleanly."""
-    if STOP_SIGNALS:
+    """Ends the program, between two steps or epochs; one of several processes only ends with all, in `train`."""
+    if STOP_SIGNALS and WORLD_SIZE == 1:
         sys.exit(128 + STOP_SIGNALS[0])
 
 
@@ -325,8 +325,8 @@ def orthogonal(layer, gain=2**0.5):
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic), on one network of convolutions (Mnih et al. 2015).
 
-    B stands for any leading dimensions, A for the number of actions. `features` takes observations; everything else
-    takes what it returns, (B, 512).
+    B stands for any leading dimensions, A for the number of actions. `features` takes observations; `act`, `value` and
+    `evaluate_actions` take what it returns, (B, 512).
     """
 
     def __init__(self, observation_space, action_space, args):
@@ -357,7 +357,7 @@ class Agent(nn.Module):
             return self.network(x).float().unflatten(0, obs.shape[:-3])
 
     def noise(self, *shape):
-        """Gumbel noise, −log of an exponential, (*shape, A): logits + noise is largest at a with softmax(logits)_a."""
+        """Gumbel noise (*shape, A): argmax(logits + noise) is a with probability softmax(logits)_a."""
         return -torch.empty(*shape, self.num_actions, device=self.actor.bias.device).exponential_().log()
 
     def act(self, x, noise):
@@ -681,7 +681,7 @@ def train(args):
         print(f"warning: --save-every {save_every} cuts many games short; {two_longest} is enough", file=sys.stderr)
 
     if WORLD_SIZE > 1:
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_num_threads(args.threads or CPU_THREADS)  # the last bits of the first weights depend on it
     torch.manual_seed(args.seed)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -736,15 +736,15 @@ def train(args):
             # Act 1, rollout. A lost life reads terminated; rows that only reset and those where AtariGames pressed FIRE
             # are not valid. Scores are those of whole games: the row after the last one of a game says that it was.
             finished, noise = [], agent.noise(T, N)
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # off, but caches features' bf16 weights
+            # The outer autocast is off, but as long as it lasts the one in features casts the weights only once.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for t in range(T + 1):
                     staging.copy_(torch.from_numpy(obs).movedim(1, -1))  # channels last, once and for all
                     images[t].copy_(staging, non_blocking=True)
                     x[t] = features(images[t].movedim(-1, 1))
                     if t == T:  # the observation that the next rollout starts from: only for the bootstrap
                         break
-                    if WORLD_SIZE == 1:  # otherwise the others would wait for this process
-                        exit_if_stopped()
+                    exit_if_stopped()
                     actions[t] = agent.act(x[t], noise[t])
                     obs, reward, terminated[t], truncated, info = envs.step(agent.env_action(actions[t]))
                     rewards[t] = np.sign(reward) if args.clip_rewards else reward
@@ -776,8 +776,7 @@ def train(args):
             # Act 3, update. Every epoch shuffles all rows and goes once over them, in M minibatches.
             losses, log_ratios, weights = [], [], []
             for _ in range(args.update_epochs):
-                if WORLD_SIZE == 1:
-                    exit_if_stopped()
+                exit_if_stopped()
                 order = torch.randperm(batch_size, device=device)
                 *rows, adv, w = (tensor.index_select(0, order).unflatten(0, (M, -1)) for tensor in batch)  # (M, B, …)
                 rows[0] = rows[0].movedim(-1, 2)  # images (M, B, 4, 84, 84)
@@ -839,8 +838,7 @@ def train(args):
             print(f"\nstopped; `{command}` continues from step {saved * iteration_size:,}", file=sys.stderr)
         raise
     finally:
-        with contextlib.suppress(Exception):  # workers that were interrupted may be gone already
-            envs.close()
+        envs.close()
         if RANK == 0:
             logger.close()
     if WORLD_SIZE > 1:
@@ -854,7 +852,7 @@ def main():
         signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    console = sys.stderr if LOCAL_RANK == 0 else sys.stdout  # once on each machine: there is no other stdout
+    console = sys.stderr if LOCAL_RANK == 0 else sys.stdout  # bad input is told once on each machine
     args = tyro.cli(Args, description=__doc__)
     try:
         if args.resume and args.evaluate:

@@ -109,7 +109,7 @@ class Args:
 
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     threads: int = 0  # CPU threads of torch; 0: chosen by the size of a minibatch
-    compile: bool = False  # torch.compile the loss: slow to start, then faster (CUDA graphs on CUDA)
+    compile: bool = False  # torch.compile: slow to start, then often faster (CUDA graphs on CUDA)
     runs_dir: str = "runs"  # where run directories are made
     save_every: int | None = None  # iterations between checkpoints, 0: only at the end; default: 20 or fewer per run
     resume: str | None = None  # go on with the run in this directory, with its own flags
@@ -135,7 +135,7 @@ class Args:
 
 
 def exit_if_stopped():
-    """Ends the program between two steps of the environments, where all of its processes can be ended cleanly."""
+    """Ends the program between two steps or epochs, where all of its processes can be ended cleanly."""
     if STOP_SIGNALS:
         sys.exit(128 + STOP_SIGNALS[0])
 

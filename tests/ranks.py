@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ppo_atari as ppo
 
 seen = {"initial": None, "minibatches": [], "gradients": [], "parameters": []}
-loss, reduce, diagnostics = ppo.ppo_loss, dist.all_reduce, ppo.diagnostics
+loss, reduce, diagnostics, flat_parameters = ppo.ppo_loss, dist.all_reduce, ppo.diagnostics, ppo.flat_parameters
+torch._C._get_accelerator = lambda: torch.device("mps")  # as on a machine that has another device than the one in use
 
 
 def keep_minibatch(agent, args, *minibatch):
@@ -31,6 +32,13 @@ def keep_gradient(tensor, *rest):
     seen["gradients"].append(tensor / ppo.WORLD_SIZE)
 
 
+def different_weights(agent):
+    """Those of the first process; the other begins with others, until they are made equal."""
+    parameters = flat_parameters(agent)
+    parameters.data += 0.01 * ppo.RANK
+    return parameters
+
+
 def very_different_kl(*args):
     """0 on the first process; on the second it grows by 1 with every minibatch."""
     old_kl, _, *rest = diagnostics(*args)
@@ -38,5 +46,6 @@ def very_different_kl(*args):
 
 
 ppo.ppo_loss, dist.all_reduce, ppo.diagnostics = keep_minibatch, keep_gradient, very_different_kl
+ppo.flat_parameters = different_weights
 ppo.train(tyro.cli(ppo.Args, args=sys.argv[2:]))
 torch.save(seen, f"{sys.argv[1]}-{ppo.RANK}")

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,17 @@ def play(env_id, steps, act, seed=1, num_envs=2, **flags):
 def after(done):
     """Whether the row before was one of `done` (steps, N)."""
     return np.concatenate([np.zeros_like(done[:1]), done[:-1]])
+
+
+def main(monkeypatch, capsys, *argv):
+    """The exit status of ppo_atari.py in this process, and the lines on its stderr."""
+    monkeypatch.setattr(sys, "argv", ["ppo_atari.py", *argv])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as stop:
+        ppo.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return stop.value.code, capsys.readouterr().err.splitlines()
 
 
 def test_every_game_of_ale_has_a_network_of_its_size(monkeypatch):
@@ -168,15 +180,23 @@ def test_invalid_rows_have_weight_zero_and_ends_are_where_they_were(tmp_path, mo
     calls, original = [], ppo.compute_gae
     monkeypatch.setattr(ppo, "compute_gae", lambda *args: calls.append(args) or original(*args))
     weights, loss = [], ppo.ppo_loss
-    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: weights.append(args[-1].sum().item()) or loss(*args))
-    flags = {"env_id": "Breakout", "num_steps": 256, "total_timesteps": 512, "update_epochs": 1}
+    monkeypatch.setattr(ppo, "ppo_loss", lambda *args: weights.append(args[-1]) or loss(*args))
+    monkeypatch.setattr(torch, "randperm", lambda n, device=None: torch.arange(n))
     monkeypatch.setattr(ppo.Agent, "act", lambda self, x, noise: torch.zeros(len(x), dtype=torch.int64))
-    train(tmp_path, **flags)
+    flags = {"env_id": "Breakout", "max_episode_frames": 400, "num_steps": 256}
+    run_dir = train(tmp_path, **flags, total_timesteps=512, update_epochs=1)
     ((_, _, terminated, done, *_),) = calls
-    expected = play("Breakout", 256, lambda t: 0)
+    expected = play("Breakout", 256, lambda t: 0, max_episode_frames=400)
+    assert expected.terminated.any() and expected.truncated.any()
     np.testing.assert_array_equal(terminated.numpy(), expected.terminated)
-    np.testing.assert_array_equal(done.numpy(), expected.terminated)
-    assert sum(weights) == expected.valid.sum() < 512
+    np.testing.assert_array_equal(done.numpy(), expected.terminated | expected.truncated)
+    np.testing.assert_array_equal(torch.cat(weights).view(256, 2).numpy(), expected.valid)
+    games, began = [], [0, 0]
+    for t, n in np.argwhere(expected.new_game):
+        games.append((2.0 * (t + 1), expected.reward[began[n] : t, n].sum(), t - began[n]))
+        began[n] = t + 1  # a row that only resets belongs to no game
+    assert len(games) >= 4
+    assert sorted(games) == [tuple(map(float, row.values())) for row in read(run_dir / "episodes.csv")]
 
 
 def test_actions_stick_only_when_asked_to():
@@ -330,7 +350,8 @@ def program(*flags, script=("ppo_atari.py",), **options):
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):
-    flags = [*FLAGS, "--env-id=Pong", "--total-timesteps=256", "--save-every=2", "--max-episode-frames=400"]
+    flags = [*FLAGS, "--env-id=Pong", "--num-steps=64", "--save-every=2", "--max-episode-frames=400"]
+    flags += ["--total-timesteps=768"]
     killed = subprocess.Popen(
         [sys.executable, "ppo_atari.py", *flags, f"--runs-dir={tmp_path / 'killed'}"], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -341,10 +362,12 @@ def test_a_killed_run_resumes_exactly(tmp_path):
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert 2 <= torch.load(found[0], weights_only=True)["iteration"] < 8
+    assert 2 <= torch.load(found[0], weights_only=True)["iteration"] < 6
     assert program(*flags, f"--runs-dir={tmp_path / 'whole'}").returncode == 0
     assert program("--resume", str(found[0].parent)).returncode == 0
-    assert outcome(found[0].parent) == outcome(next((tmp_path / "whole").iterdir()))
+    metrics, games = outcome(found[0].parent)
+    assert (metrics, games) == outcome(next((tmp_path / "whole").iterdir()))
+    assert len(metrics) == len(games) == 6  # in every environment one game of 100 steps between two checkpoints
 
 
 class FakeWriter:
@@ -389,6 +412,7 @@ def test_a_film_is_written(tmp_path):
 
 def test_compiled_training_equals_eager(tmp_path):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # other tests of this process count too
     flags = {"total_timesteps": 64, "bf16": "off"}
     eager = read(train(tmp_path, **flags) / "metrics.csv")
     compiled = read(train(tmp_path, **flags, compile=True) / "metrics.csv")
@@ -396,6 +420,7 @@ def test_compiled_training_equals_eager(tmp_path):
         assert float(one["value_loss"]) == pytest.approx(float(other["value_loss"]), rel=1e-3)
         assert float(one["entropy"]) == pytest.approx(float(other["entropy"]), rel=1e-4)
         assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # check_compiler's, features' and the loss
 
 
 # Several processes.
@@ -408,8 +433,8 @@ GLOO = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 def two_ranks(tmp_path_factory):
     """What each of two processes kept of a run of three iterations, 2 epochs × 2 minibatches, and the run directory."""
     folder = tmp_path_factory.mktemp("ranks")
-    flags = [*FLAGS, "--total-timesteps=192", "--bf16=off", f"--runs-dir={folder / 'runs'}", "--save-every=1"]
-    flags += ["--target-kl=4.5", "--max-episode-frames=400"]
+    flags = [*FLAGS, "--total-timesteps=1536", "--bf16=off", f"--runs-dir={folder / 'runs'}", "--save-every=1"]
+    flags += ["--num-steps=128", "--target-kl=4.5", "--max-episode-frames=400"]
     result = program(f"{folder}/rank", *flags, script=(*TORCHRUN, "tests/ranks.py"), env=GLOO, timeout=120)
     assert result.returncode == 0, result.stderr
     (run_dir,) = (folder / "runs").iterdir()  # one process alone writes
@@ -445,9 +470,20 @@ def test_the_averaged_gradient_is_that_of_the_rows_of_both(two_ranks):
     assert torch.equal(first["gradients"][0], second["gradients"][0])
 
 
+def test_the_gradient_that_is_clipped_is_the_averaged_one(two_ranks):
+    (first, _), run_dir = two_ranks
+    norms = [gradient.norm().item() for gradient in first["gradients"][:4]]
+    assert float(read(run_dir / "metrics.csv")[0]["grad_norm"]) == pytest.approx(np.mean(norms), rel=1e-4)
+
+
 def test_steps_and_games_of_all_processes_are_counted(two_ranks):
     _, run_dir = two_ranks
-    assert [int(row["global_step"]) for row in read(run_dir / "metrics.csv")] == [64, 128, 192]
+    metrics, games = read(run_dir / "metrics.csv"), read(run_dir / "episodes.csv")
+    assert [int(row["global_step"]) for row in metrics] == [512, 1024, 1536]
+    assert [int(row["episodes"]) for row in metrics] == [4, 4, 4]  # of 100 steps, one in each environment
+    for row, game in zip(np.repeat(metrics, 4), games, strict=True):
+        before = int(game["global_step"]) - (int(row["global_step"]) - 512)
+        assert before == 4 * (int(game["episodic_length"]) + 1)  # in the row that reset
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["world_size"] == 2
 
 
@@ -458,7 +494,8 @@ def test_another_number_of_processes_is_refused(two_ranks):
 
 
 def test_a_stopped_run_of_two_processes_resumes_exactly(tmp_path):
-    flags = [*FLAGS, "--env-id=Pong", "--total-timesteps=512", "--max-episode-frames=400", "--save-every=2"]
+    flags = [*FLAGS, "--env-id=Pong", "--num-steps=64", "--max-episode-frames=400", "--save-every=2"]
+    flags += ["--total-timesteps=1536"]
     run = (*TORCHRUN, "ppo_atari.py")
     stopped = subprocess.Popen(
         [sys.executable, *run, *flags, f"--runs-dir={tmp_path / 'stopped'}"],
@@ -473,10 +510,29 @@ def test_a_stopped_run_of_two_processes_resumes_exactly(tmp_path):
     os.kill(int(children[-1]), signal.SIGTERM)  # to one of the processes alone: all of them end together
     _, errors = stopped.communicate()
     (step,) = re.findall(r"stopped; `torchrun --nnodes 1 --nproc-per-node 2 .* continues from step ([\d,]+)", errors)
-    assert stopped.returncode != 0 and 128 <= int(step.replace(",", "")) < 512
+    assert stopped.returncode != 0 and 512 <= int(step.replace(",", "")) < 1536
     assert program(*flags, f"--runs-dir={tmp_path / 'whole'}", script=run, env=GLOO).returncode == 0
     assert program("--resume", str(found[0].parent), script=run, env=GLOO).returncode == 0
-    assert outcome(found[0].parent) == outcome(next((tmp_path / "whole").iterdir()))
+    metrics, games = outcome(found[0].parent)
+    assert (metrics, games) == outcome(next((tmp_path / "whole").iterdir()))
+    assert len(metrics) == 6 and len(games) == 12
+
+
+def test_two_machines_train_together_and_stop_with_the_command_that_resumes(tmp_path):
+    """Two launchers on this machine, which meet at a port, as two machines would."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint".split()
+    command = [sys.executable, *command, f"127.0.0.1:{port}", "ppo_atari.py", *FLAGS, "--total-timesteps=64000"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machines = [subprocess.Popen([*command, f"--runs-dir={tmp_path}"], cwd=ROOT, env=GLOO, **pipe) for _ in range(2)]
+    while not list(tmp_path.glob("*/checkpoint.pt")) and all(machine.poll() is None for machine in machines):
+        time.sleep(0.01)
+    machines[1].send_signal(signal.SIGTERM)  # to one of the machines
+    errors = "".join(machine.communicate(timeout=120)[1] for machine in machines)
+    (run_dir,) = tmp_path.iterdir()  # of process 0, on whichever machine
+    assert f"stopped; `torchrun --nnodes 2 --nproc-per-node 1 ppo_atari.py --resume {run_dir}`" in errors
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["world_size"] == 2
 
 
 def test_what_stops_one_process_alone_gets_one_line(tmp_path):
@@ -532,6 +588,15 @@ def test_memory_that_is_not_there_gets_one_line(tmp_path):
     assert result.returncode == 1 and line.startswith("ppo_atari.py: stopped: Unable to allocate")
 
 
+def test_memory_that_is_not_on_the_gpu_gets_one_line(monkeypatch, capsys):
+    def full_gpu(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(ppo, "train", full_gpu)
+    status, (line,) = main(monkeypatch, capsys)
+    assert status == 1 and line == "ppo_atari.py: stopped: CUDA out of memory. Tried to allocate 1 GiB."
+
+
 def test_checkpoints_are_two_of_the_longest_games_apart(tmp_path, capsys):
     train(tmp_path, total_timesteps=64, save_every=1, max_episode_frames=800, update_epochs=1)
     assert "warning: --save-every 1 cuts many games short; 25 is enough" in capsys.readouterr().err
@@ -555,12 +620,6 @@ def test_checkpoints_are_two_of_the_longest_games_apart(tmp_path, capsys):
 )
 def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, argv, advice):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ppo_atari.py", *argv])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(SystemExit) as stop:
-        ppo.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and argv[0] in line and argv[1] in line and advice in line
+    status, (line,) = main(monkeypatch, capsys, *argv)
+    assert status == 2 and argv[0] in line and argv[1] in line and advice in line
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SAME = [
-    "UsageError", "reject", "first_line", "Args.check", "exit_if_stopped", "flat_parameters", "masked_mean",
+    "UsageError", "reject", "first_line", "Args.check", "flat_parameters", "masked_mean",
     "compute_gae", "policy_loss", "value_loss", "normalize_advantages", "diagnostics", "explained_variance",
     "new_run_dir", "load_agent", "check_compiler", "save_checkpoint", "load_run", "start_tracking", "Logger",
     "LIMITS", "MAY_DIFFER", "HEADERS", "CPU_THREADS", "STOP_SIGNALS",
@@ -19,7 +19,7 @@ SAME = [
 SAME_AS_PPO = {  # besides
     "ppo_continuous.py": [
         "check_renderer", "new_worlds", "setup_device", "RunningStats", "mlp", "Agent.normalize", "Agent.value",
-        "scale_rewards", "ppo_loss", "evaluate", "main",
+        "scale_rewards", "ppo_loss", "evaluate", "exit_if_stopped", "main",
     ],
     "ppo_atari.py": [],
 }  # fmt: skip
