@@ -167,7 +167,7 @@ def make_envs(args, video_dir=None):
     if not isinstance(actions, gym.spaces.Discrete):
         reject("env_id", args.env_id, f"has actions {actions}: one with a Discrete space is needed")
     if isinstance(observations, gym.spaces.Box) and observations.dtype == np.uint8 and len(observations.shape) > 1:
-        reject("env_id", args.env_id, "observes images: use ppo_atari.py")
+        reject("env_id", args.env_id, "observes images; only ppo_atari.py trains on those, of Atari games")
     if not observations.is_np_flattenable:
         reject("env_id", args.env_id, f"observes {observations}: one that gymnasium can flatten is needed")
     if autoreset != gym.vector.AutoresetMode.NEXT_STEP:
@@ -193,8 +193,8 @@ def check_renderer(args):
 
 def new_worlds(args, iteration, video_dir=None):
     """Environments built anew and their first observations. They and all random numbers from here on are a function of
-    (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i, but
-    where one simulator plays them all."""
+    (seed, iteration), so that a resumed run sees what the uninterrupted one sees. Environment i gets the seed + i; a
+    simulator that plays all of them at once, as CartPole's, gets the seed."""
     seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0]) % (2**31 - 1 - args.num_envs)
     torch.manual_seed(seed)
     envs = make_envs(args, video_dir)
@@ -476,7 +476,7 @@ def save_checkpoint(run_dir, agent, optimizer, **progress):
 
 
 def fits(value, kind):
-    """Whether a value from args.json is one that a flag of this type can have."""
+    """Whether a value from args.json is one that a flag of this type can have; where a float can be, an int can."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
@@ -718,6 +718,7 @@ def train(args):
                 agent.obs_stats.update(torch.from_numpy(obs[:-1][valid]).to(device))
 
             means = torch.stack(losses).mean(0).tolist()
+            # Also of the statistics, which the agent keeps: what is not finite there would stay.
             kept_values = (parameters.detach().sum(), agent.obs_stats.var.sum(), agent.return_stats.var.sum())
             if not all(map(math.isfinite, (*means, *kept_values))):
                 kept = f"{run_dir} keeps the checkpoint of iteration {saved}"
@@ -740,7 +741,9 @@ def train(args):
                 if args.capture_video:
                     videos = run_dir / "videos" / f"iteration-{iteration}"
                     evaluate(replace(args, num_envs=1, eval_episodes=1), agent.state_dict(), videos)
-    except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
+    except (KeyboardInterrupt, SystemExit, OSError, MemoryError, EOFError) as error:
+        if isinstance(error, EOFError | ConnectionError):  # a worker is gone, and close would wait for it
+            envs.unwrapped.closed = True
         command = f"python {SCRIPT} --resume {shlex.quote(str(run_dir))}"
         print(f"\nstopped; `{command}` continues from step {saved * batch_size:,}", file=sys.stderr)
         raise
@@ -754,7 +757,7 @@ def train(args):
 def main():
     """The command line. Exit status: 0 done, 1 a run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the second one does not wait for the step at hand
-        # Workers inherit this, so that Ctrl-C in a terminal leaves them for envs.close().
+        # Forked workers inherit this, so that Ctrl-C in a terminal leaves them for envs.close().
         signal.signal(number, lambda number, _: sys.exit(128 + number) if STOP_SIGNALS else STOP_SIGNALS.append(number))
     args = tyro.cli(Args, description=__doc__)
     try:
@@ -774,8 +777,8 @@ def main():
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, MemoryError, torch.OutOfMemoryError, OSError) as error:
-        print(f"{SCRIPT}: stopped: {error}", file=sys.stderr)
+    except (FloatingPointError, MemoryError, torch.OutOfMemoryError, OSError, EOFError) as error:
+        print(f"{SCRIPT}: stopped: {str(error) or 'a worker of the environments is gone'}", file=sys.stderr)
         sys.exit(1)
     finally:
         for worker in multiprocessing.active_children():  # of environments that were not closed

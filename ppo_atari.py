@@ -542,7 +542,7 @@ def save_checkpoint(run_dir, agent, optimizer, **progress):
 
 
 def fits(value, kind):
-    """Whether a value from args.json is one that a flag of this type can have."""
+    """Whether a value from args.json is one that a flag of this type can have; where a float can be, an int can."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))

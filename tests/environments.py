@@ -31,7 +31,8 @@ class Stub(gym.Env):
 
 def same_step_vector(num_envs, **kwargs):
     """A vector environment that resets within the step that ends an episode."""
-    return gym.vector.SyncVectorEnv([Stub] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    make = lambda: Stub(**kwargs)
+    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
 box = gym.spaces.Box(-1, 1, (2,))
@@ -41,6 +42,7 @@ gym.register("StubMultiDiscrete-v0", Stub, kwargs={"actions": gym.spaces.MultiDi
 gym.register("StubSequence-v0", Stub, kwargs={"observations": gym.spaces.Sequence(box)})
 gym.register("StubGraph-v0", Stub, kwargs={"observations": gym.spaces.Graph(box, box)})
 gym.register("StubSameStep-v0", Stub, vector_entry_point=same_step_vector)
+gym.register("StubBoxSameStep-v0", Stub, vector_entry_point=same_step_vector, kwargs={"actions": box})
 
 
 # For test_runs.py.

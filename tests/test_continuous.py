@@ -75,6 +75,10 @@ def test_gradients_of_the_loss_are_right():
         slope = (numbers[0] - numbers[1]) / 2e-6
         assert parameter.grad.flatten()[0].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
         assert abs(slope) > 1e-6
+    live = torch.tensor([True, False, True, True, False, True])
+    weighted = ppo.ppo_loss(agent, ppo.Args(ent_coef=0.1), *minibatch[:-1], live.double())[0].item()
+    alone = ppo.ppo_loss(agent, ppo.Args(ent_coef=0.1), *(tensor[live] for tensor in minibatch))[0].item()
+    assert weighted == pytest.approx(alone, rel=1e-9)
 
 
 @pytest.mark.parametrize("initial", [-0.5, 0.0, 0.7])
@@ -84,6 +88,7 @@ def test_samples_have_the_deviation_asked_for(initial):
     actions = agent.act(x, agent.noise(100_000))
     np.testing.assert_allclose(actions.detach().std(0), math.exp(initial), rtol=0.02)
     assert torch.equal(agent.act(x, torch.zeros(2)), agent.actor(x))
+    assert agent.actor(3 * torch.randn(100, 3)).abs().max() < 0.1  # at first all means are about 0
 
 
 def test_actions_are_mapped_onto_the_box():
@@ -228,7 +233,8 @@ def test_a_saved_agent_plays_as_well_as_it_did_in_training(tmp_path):
         (["--env-id", "HalfCheeta-v5"], "HalfCheetah"),
         (["--env-id", "HalfCheetah-v3"], "mujoco"),
         (["--env-id", "StubMultiDiscrete-v0"], "Box space of floats"),
-        (["--env-id", "CarRacing-v3"], "use ppo_atari.py"),
+        (["--env-id", "StubBoxSameStep-v0"], "NEXT_STEP is needed"),
+        (["--env-id", "CarRacing-v3"], "only ppo_atari.py"),
         (["--initial-log-std", "nan"], "must be in"),
         (["--num-minibatches", "33"], "must divide"),
     ],

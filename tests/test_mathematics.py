@@ -152,6 +152,10 @@ def test_total_loss_is_the_weighted_sum():
     loss, policy, value, entropy, log_ratio = ppo.ppo_loss(agent, args, *minibatch)
     assert loss.item() == pytest.approx((policy + 0.3 * value - 0.07 * entropy).item(), rel=1e-6)
     torch.testing.assert_close(log_ratio, agent.evaluate_actions(x, action)[0].detach() + 1.5)
+    live = torch.arange(8) % 3 > 0
+    assert ppo.ppo_loss(agent, args, *minibatch[:-1], live.float())[0].item() == pytest.approx(
+        ppo.ppo_loss(agent, args, *(tensor[live] for tensor in minibatch))[0].item(), rel=1e-5
+    )
 
 
 # (td), (gae), (n-step), (return)
@@ -365,6 +369,7 @@ def test_networks_start_orthogonal_with_zero_biases():
             weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.T
             torch.testing.assert_close(weight @ weight.T, scale**2 * torch.eye(len(weight)), rtol=0, atol=1e-4)
             assert not layer.bias.any()
+        assert [type(layer) for layer in network[1::2]] == [torch.nn.Tanh] * 2
     assert not set(map(id, agent.actor.parameters())) & set(map(id, agent.critic.parameters()))
 
 

@@ -1,5 +1,6 @@
 """What the README says is so."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def test_every_flag_that_the_readme_names_exists():
     known |= {*vars(ppo.Args()), *vars(ppo_continuous.Args()), *vars(ppo_atari.Args())}
     assert len(flags) > 10
     assert {flag.replace("-", "_") for flag in flags} - known == set()
+
+
+def test_the_results_are_of_todays_defaults():
+    for module, run, but in (
+        (ppo, "ppo/CartPole-v1-1", {}),
+        (ppo_continuous, "continuous/HalfCheetah-v5-1", {"compile": True}),
+        (ppo_atari, "atari/Breakout-10M-1", {"env_id": "Breakout", "threads": 2}),
+    ):
+        args = json.loads((report.RESULTS / f"{run}.args.json").read_text())
+        assert args == {"script": module.SCRIPT, **vars(module.Args()), "threads": 1, **but}
 
 
 def test_every_equation_of_the_scripts_is_explained():

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import environments
 import numpy as np
@@ -108,6 +109,19 @@ def offline_records(run_dir):
     return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_every_row_of_both_files_is_tracked(tmp_path, monkeypatch):
+    tracked, ends = [], []
+    tracker = SimpleNamespace(log=tracked.append, finish=lambda: ends.append(len(tracked)))
+    monkeypatch.setattr(ppo, "start_tracking", lambda args, run_dir: tracker)
+    sizes = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 2 * BATCH}
+    run_dir = ppo.train(Args("environments:Stub-v0", **sizes, runs_dir=str(tmp_path), track=True))
+    assert ends == [len(tracked)] and len(rows(run_dir, "episodes.csv")) > 4
+    for name in ("episodes.csv", "metrics.csv"):
+        expected = [{k: float(v) for k, v in row.items()} for row in rows(run_dir, name)]
+        sent = [{k.removeprefix(f"{name[:-4]}/"): v for k, v in row.items()} for row in tracked]
+        assert [row for row in sent if row.keys() == expected[0].keys()] == expected
+
+
 def test_tracking_without_a_key_asks_nothing(start, tmp_path):
     output = []
 
@@ -200,6 +214,16 @@ def test_a_loss_that_is_not_finite(call, tmp_path, monkeypatch):
     assert call("--resume", run_dir)[0] == 0 and len(rows(Path(run_dir))) == 20
 
 
+def test_a_worker_that_is_killed(start, tmp_path):
+    argv, variables = slow()
+    program = start(*argv, "--vectorization-mode", "async", variables=variables)
+    kill_worker = lambda pid: os.kill(int(children(pid)[-1]), signal.SIGKILL)  # as one does that wants its memory
+    children = lambda pid: Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    how_to_go_on, why = interrupt(program, tmp_path, kill_worker).strip().splitlines()
+    assert program.returncode == 1 and f"--resume {only_run(tmp_path).relative_to(tmp_path)}`" in how_to_go_on
+    assert re.fullmatch(r"ppo.py: stopped: (a worker of the environments is gone|.*Broken pipe|.*reset by peer)", why)
+
+
 def test_a_full_disk(start, call, tmp_path):
     limit = 80_000  # bytes in a file: enough for the first checkpoint, not for one with the state of Adam
     argv = [*SMALL, "--env-id", "environments:Stub-v0", "--total-timesteps", 4 * BATCH, "--save-every", 1]
@@ -266,7 +290,7 @@ def evaluation(output):
     return [float(value) for value in summary[:3]], [float(value) for value in summary[3].split()]
 
 
-def test_evaluation_prints_mean_deviation_and_every_return(call, cartpole):
+def test_evaluation_prints_mean_deviation_and_every_return(call, cartpole, monkeypatch):
     argv = ["--evaluate", cartpole, "--num-envs", 3, "--eval-episodes", 4]
     status, output, message = call(*argv)
     (mean, deviation, number), returns = evaluation(output)
@@ -275,6 +299,12 @@ def test_evaluation_prints_mean_deviation_and_every_return(call, cartpole):
     assert (mean, deviation) == pytest.approx((np.mean(returns), np.std(returns)), abs=0.01)
     assert call(*argv)[1] == output != call(*argv, "--seed", 7)[1]
     assert evaluation(call(*argv, "--greedy")[1])[1] != returns
+    noises, act = [], ppo.Agent.act
+    spy = lambda agent, x, noise: noises.append(noise.abs().max().item()) or act(agent, x, noise)
+    monkeypatch.setattr(ppo.Agent, "act", spy)
+    assert call(*argv)[1] == output and min(noises) > 0
+    noises.clear()
+    assert call(*argv, "--greedy")[0] == 0 and max(noises) == 0
     assert call(*argv, "--threads", 2)[1] == output and torch.get_num_threads() == 2
     assert call(*argv, "--threads", 1)[1] == output and torch.get_num_threads() == 1
 

@@ -59,9 +59,10 @@ def record(monkeypatch, name, calls):
 
 
 def test_rows_of_a_reset_are_not_valid_and_time_limits_are_no_terminations(tmp_path, monkeypatch):
-    losses, gaes = [], []
+    losses, gaes, variances = [], [], []
     record(monkeypatch, "ppo_loss", losses)
     record(monkeypatch, "compute_gae", gaes)
+    record(monkeypatch, "explained_variance", variances)
     monkeypatch.setattr(torch, "randperm", lambda n, device=None: torch.arange(n))
     flags = {"num_envs": 1, "num_steps": 3, "num_minibatches": 1, "update_epochs": 1, "total_timesteps": 30}
     run_dir = train(tmp_path, env_id="Ring-v0", save_every=0, **flags)
@@ -75,6 +76,10 @@ def test_rows_of_a_reset_are_not_valid_and_time_limits_are_no_terminations(tmp_p
     assert states.tolist() == [0, 1, 2, 0, 1] * 6  # the row after the end is fed the true last observation, state 1
     expected = [{"global_step": str(i), "episodic_return": "7.0", "episodic_length": "4"} for i in range(4, 30, 5)]
     assert read(run_dir / "episodes.csv") == expected
+    means = {(row["episodes"], row["episodic_return"], row["episodic_length"]) for row in read(run_dir / "metrics.csv")}
+    assert means == {("0", "", ""), ("1", "7.0", "4.0")}
+    values = torch.cat([call[1][:-1, 0] for call in gaes])
+    assert torch.equal(torch.cat([call[0] for call in variances]), values[rows % 5 != 4])
 
 
 RING = {
@@ -125,10 +130,14 @@ def test_first_minibatch_of_every_update_has_ratio_one(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(ppo, "ppo_loss", loss)
+    rewards = []
+    record(monkeypatch, "scale_rewards", rewards)
     train(tmp_path, env_id="Acrobot-v1", total_timesteps=3072, norm_obs=True, norm_reward=True, learning_rate=1e-3)
     first = deviations[::16]
     assert len(first) == 6 and max(first) < 1e-5
     assert min(deviations[15::16]) > 1e-3  # the last minibatch of each update is past the old policy
+    # −1 in each of the 128 steps of the first rollout, discounted once more: what the second one goes on from.
+    np.testing.assert_allclose(rewards[1][5], [-sum(0.99**k for k in range(1, 129))] * 4, rtol=1e-5)
 
 
 def test_observation_statistics_are_those_of_the_inputs_of_valid_rows(tmp_path, monkeypatch):
@@ -170,6 +179,9 @@ def test_metrics_have_the_documented_columns_and_the_annealed_learning_rate(tmp_
     assert [int(row["global_step"]) for row in rows] == [512, 1024, 1536, 2048]
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([2.5e-4, 1.875e-4, 1.25e-4, 0.625e-4])
     assert float(rows[0]["entropy"]) == pytest.approx(math.log(2), abs=0.01)
+    assert all(row["sps"].isdecimal() and float(row["seconds"]) > 0 for row in rows)
+    rows = read(train(tmp_path, total_timesteps=1024, anneal_lr=False) / "metrics.csv")
+    assert [row["learning_rate"] for row in rows] == ["0.00025"] * 2
 
 
 def test_adam_has_the_constants_that_the_field_agreed_on(tmp_path):
@@ -198,6 +210,8 @@ def test_target_kl_stops_after_the_epoch_that_exceeds_it(tmp_path, monkeypatch):
     losses.clear()
     train(tmp_path, total_timesteps=512, update_epochs=10, learning_rate=1e-2, target_kl=1e9)
     assert len(losses) == 40
+    first, second = (torch.cat([call[5] for call in losses[i : i + 4]]) for i in (0, 4))  # the values of an epoch
+    assert not torch.equal(first, second) and torch.equal(first.sort().values, second.sort().values)
 
 
 def test_advantages_are_normalised_over_minibatch_batch_or_not_at_all(tmp_path, monkeypatch):
@@ -287,6 +301,13 @@ def test_a_killed_run_resumes_exactly(tmp_path, env_id, mode):
     assert outcome(checkpoint.parent) == outcome(expected)
 
 
+def test_every_stretch_between_checkpoints_has_worlds_and_noise_of_its_own():
+    (_, first), numbers = ppo.new_worlds(ppo.Args(), 1), torch.rand(3)
+    (_, second), others = ppo.new_worlds(ppo.Args(), 2), torch.rand(3)
+    assert not np.isclose(first, second).any() and not torch.isclose(numbers, others).any()
+    assert np.array_equal(ppo.new_worlds(ppo.Args(), 1)[1], first) and torch.equal(torch.rand(3), numbers)
+
+
 def test_a_run_that_is_being_trained_is_not_trained_by_another_process_too(tmp_path):
     flags = ["--total-timesteps=100000000", "--save-every=10", f"--runs-dir={tmp_path}"]
     running = subprocess.Popen([sys.executable, str(ROOT / "ppo.py"), *flags], stdout=subprocess.DEVNULL)
@@ -320,6 +341,8 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path, capsys):
     capsys.readouterr()
     ppo.train(ppo.Args(runs_dir=str(tmp_path / "crashed"), resume=str(run_dir), **flags))
     assert outcome(run_dir) == outcome(whole)
+    seconds = [float(row["seconds"]) for row in read(run_dir / "metrics.csv")]
+    assert seconds == sorted(seconds)  # of the whole training, not since it was resumed
     step, shown = re.search(r"^step ([\d,]+) of .*?return ([\d.]+)", capsys.readouterr().out, re.M).groups()
     rows = [row for row in read(run_dir / "episodes.csv") if int(row["global_step"]) <= 9 * 512]
     returns = [float(row["episodic_return"]) for row in rows[-100:]]  # most of them before the checkpoint
