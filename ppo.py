@@ -778,7 +778,8 @@ def main():
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
     except (FloatingPointError, MemoryError, torch.OutOfMemoryError, OSError, EOFError) as error:
-        print(f"{SCRIPT}: stopped: {str(error) or 'a worker of the environments is gone'}", file=sys.stderr)
+        why = "a worker of the environments is gone" if isinstance(error, EOFError | ConnectionError) else error
+        print(f"{SCRIPT}: stopped: {why}", file=sys.stderr)
         sys.exit(1)
     finally:
         for worker in multiprocessing.active_children():  # of environments that were not closed

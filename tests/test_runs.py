@@ -221,7 +221,7 @@ def test_a_worker_that_is_killed(start, tmp_path):
     children = lambda pid: Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     how_to_go_on, why = interrupt(program, tmp_path, kill_worker).strip().splitlines()
     assert program.returncode == 1 and f"--resume {only_run(tmp_path).relative_to(tmp_path)}`" in how_to_go_on
-    assert re.fullmatch(r"ppo.py: stopped: (a worker of the environments is gone|.*Broken pipe|.*reset by peer)", why)
+    assert why == "ppo.py: stopped: a worker of the environments is gone"
 
 
 def test_a_full_disk(start, call, tmp_path):
