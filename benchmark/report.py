@@ -57,7 +57,8 @@ def read(path):
 def runs(study):
     """{label: {seed: path without the ending}} of a study's runs."""
     found = {}
-    for path in sorted((RESULTS / study).glob("*.args.json")):
+    by_number = lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(3), path.name)  # 6M before 10M
+    for path in sorted((RESULTS / study).glob("*.args.json"), key=by_number):
         label, seed = path.name.removesuffix(".args.json").rsplit("-", 1)
         found.setdefault(label, {})[int(seed)] = path.with_name(f"{label}-{seed}")
     return found

@@ -82,6 +82,7 @@ STUDIES = {  # study: script, then (label, environment, flags, number of seeds, 
             ("Pong-5M", "Pong", "--total-timesteps 5000000", 1),
             ("Breakout-10M", "Breakout", "", 1),
             ("BeamRider-6M", "BeamRider", "--total-timesteps 6000000", 1),
+            ("BeamRider-10M", "BeamRider", "", 1),
         ],
     ),
     "atari-bf16": (
