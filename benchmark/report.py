@@ -153,20 +153,26 @@ def continuous_sb3():
     return lines
 
 
+def each(scores):
+    """The score of each seed in brackets, where there are several."""
+    return f" ({', '.join(map(number, scores))})" if len(scores) > 1 else ""
+
+
 def atari_scores():
     head = ["game", "steps", "seeds", "last 100 games: mean score", "trained agent, 100 games"]
     head += ["games played", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, found in runs("atari").items():
         game, seeds = label.split("-")[0], found.values()
-        scores = np.array([last_100(run) for run in seeds])
         played = np.mean([len(column_of(run, "episodes")) for run in seeds])
         steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
         total = json.loads(next(iter(seeds)).with_name(f"{label}-1.args.json").read_text())["total_timesteps"]
         done = f"{steps:,}" + f" of {total:,}" * (steps < 0.99 * total)  # unfinished
         played_on = all(run.with_name(f"{run.name}.reloaded.csv.gz").exists() for run in seeds)
-        reloaded = number(np.mean([column_of(run, "reloaded").mean() for run in seeds])) if played_on else ""
-        cells = [game, done, str(len(scores)), f"**{number(scores.mean())}**", reloaded]
+        trained = [last_100(run) for run in seeds]
+        reloaded = [column_of(run, "reloaded").mean() for run in seeds] if played_on else []
+        cells = [game, done, str(len(seeds)), f"**{number(np.mean(trained))}**{each(trained)}"]
+        cells += [f"{number(np.mean(reloaded))}{each(reloaded)}" if reloaded else ""]
         cells += [f"{played:,.0f}", *PUBLISHED_ATARI[game]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
