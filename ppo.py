@@ -789,3 +789,17 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# What `uv run` installs for this file alone:
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "gymnasium[box2d,classic-control,toy-text]==1.4.0",
+#   "numpy==2.4.6",
+#   "torch==2.13.0",
+#   "tyro==1.0.17",
+#   "tqdm==4.70.1",
+#   "wandb==0.31.0",
+#   "moviepy==2.2.1",
+# ]
+# ///

@@ -5,6 +5,8 @@ import dataclasses
 import difflib
 import functools
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,28 @@ def test_little_of_the_training_loop_differs(other):
     matched = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
     differing = len(first) + len(second) - 2 * sum(block.size for block in matched)
     assert differing == LINES[other], "if you mean it, change LINES"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_uv_installs_what_requirements_txt_pins(script):
+    """The PEP 723 block at the end of a script: `uv run ppo.py` works for someone who copied the one file."""
+    text = (ROOT / script).read_text()
+    (block,) = re.findall(r"^# /// script\n(.*?)^# ///$", text, re.M | re.S)
+    assert text.count("# /// script") == 1 and text.endswith(block + "# ///\n")
+    settings = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
+    pins = {name.partition("[")[0]: version for name, version in pins.items()}
+    packages = dict(dependency.split("==") for dependency in settings["dependencies"])
+    assert {name.partition("[")[0]: version for name, version in packages.items()}.items() <= pins.items()
+    top = {node.split(".")[0] for node in imports(text)} - set(sys.stdlib_module_names)
+    installed = {name.partition("[")[0].replace("-", "_") for name in packages}
+    assert top <= installed
+
+
+def imports(text):
+    """Names of the modules that a script imports anywhere."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
