@@ -13,7 +13,7 @@ class Caught(Exception):
 
 
 def copy_weights(policy, agent):
-    """From a policy of stable-baselines3, whose networks have the same layers, to our agent."""
+    """Copies the weights of a stable-baselines3 policy into our agent; returns the pairs of parameters (ours, theirs)."""
     actor = [*policy.mlp_extractor.policy_net, policy.action_net]
     critic = [*policy.mlp_extractor.value_net, policy.value_net]
     agent.actor.load_state_dict(torch.nn.Sequential(*actor).state_dict())
@@ -32,20 +32,21 @@ def parameters_of(layers):
 @pytest.mark.parametrize(("script", "env_id"), [(ppo, "CartPole-v1"), (ppo_continuous, "Pendulum-v1")])
 @pytest.mark.parametrize("clip", [0.2, 0.02])
 def test_gradient_is_that_of_stable_baselines3(monkeypatch, script, env_id, clip):
-    # Its value loss has no ½, so its 0.25 is our 0.5. Its value clip has no maximum: left out here.
+    # Its value loss has no ½, so its weight of 0.25 is our 0.5. It clips the value loss by another formula, without the
+    # maximum of the two errors, so that clip is off in both.
     options = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "ent_coef": 0.01, "vf_coef": 0.25}
     model = stable_baselines3.PPO("MlpPolicy", env_id, seed=1, device="cpu", clip_range=clip, **options)
     _, callback = model._setup_learn(128)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 128)
     torch.manual_seed(1)
-    with torch.no_grad():  # as in the middle of an update: ratios on both sides of the interval
+    with torch.no_grad():  # move the policy, as the first minibatches of an update do, so that ratios differ from 1
         for parameter in model.policy.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
 
     args = script.Args(clip_coef=clip, clip_vloss=False, ent_coef=0.01, vf_coef=0.5)
     agent = script.Agent(model.observation_space, model.action_space, args)
     pairs = copy_weights(model.policy, agent)
-    rows = next(model.rollout_buffer.get())  # all of them; the means do not depend on their order
+    rows = next(model.rollout_buffer.get())  # all 128; their order does not change the means
     actions = rows.actions if script is ppo_continuous else rows.actions.long().flatten()
     weight = torch.ones(128)
     advantages = script.normalize_advantages(rows.advantages, weight)
@@ -53,7 +54,7 @@ def test_gradient_is_that_of_stable_baselines3(monkeypatch, script, env_id, clip
     loss, *_, log_ratio = script.ppo_loss(agent, args, *minibatch)
     loss.backward()
     shares = [(log_ratio.exp() < 1 - clip).float().mean(), (log_ratio.exp() > 1 + clip).float().mean()]
-    assert clip == 0.2 or min(shares) > 0.02  # then the clip is at work on both sides
+    assert clip == 0.2 or min(shares) > 0.02  # with 0.02, ratios leave the interval on both sides
 
     def catch(*_):
         raise Caught
