@@ -13,7 +13,7 @@ class Caught(Exception):
 
 
 def copy_weights(policy, agent):
-    """Copies the weights of a stable-baselines3 policy into our agent; returns the pairs of parameters (ours, theirs)."""
+    """Copies the weights of a stable-baselines3 policy into our agent; returns pairs of parameters (ours, theirs)."""
     actor = [*policy.mlp_extractor.policy_net, policy.action_net]
     critic = [*policy.mlp_extractor.value_net, policy.value_net]
     agent.actor.load_state_dict(torch.nn.Sequential(*actor).state_dict())
