@@ -1,12 +1,13 @@
 """Makes the tables and figures of the README from the raw data in benchmark/results/.
 
-    python benchmark/report.py             # rewrites README.md between its table markers, and the figures
-    python benchmark/report.py --check     # only says whether the tables are up to date (exit status 1 if not)
+    python benchmark/report.py           # rewrites the tables of README.md, and the figures
+    python benchmark/report.py --check   # only tells: exit status 1 if the tables are out of date
 
-Scores are the mean return of the last 100 training episodes of a run. Over seeds: the interquartile mean with a 95 %
-percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation, which is what others publish. For
-continuous control also what Tianshou reports: each run is evaluated on the way, ten episodes each time, and of the
-means over seeds the best is taken, with the standard deviation over seeds at that step.
+Scores are the mean return of the last 100 training episodes of a run. Over seeds: the interquartile
+mean with a 95 % percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation,
+which is what others publish. For continuous control also what Tianshou reports: each run is
+evaluated on the way, ten episodes each time, and of the means over seeds the best is taken, with
+the standard deviation over seeds at that step.
 """
 
 import csv
@@ -22,14 +23,15 @@ from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-PUBLISHED = {  # label: CleanRL, openai/baselines (both docs.cleanrl.dev), rl-zoo3 (its benchmark.md)
+# Label: CleanRL, openai/baselines (both docs.cleanrl.dev), rl-zoo3 (its benchmark.md).
+PUBLISHED = {
     "CartPole-v1": ("490.0 ± 6.1", "497.5 ± 4.0", "500 (100k steps)"),
     "Acrobot-v1": ("−86.4 ± 1.3", "−81.8 ± 5.6", "−73.5 (1M steps)"),
     "MountainCar-v0": ("−200", "−200", "−110.4 (1M steps)"),
     "LunarLander-v3": ("", "", "242 (v2, 1M steps)"),
 }
-
-PUBLISHED_CONTINUOUS = {  # environment: CleanRL (last episodes of training), Tianshou (best evaluation)
+# Environment: CleanRL (last episodes of training), Tianshou (best evaluation).
+PUBLISHED_CONTINUOUS = {
     "HalfCheetah-v5": ("1,443 ± 46", "5,784 ± 1,244"),
     "Hopper-v5": ("2,383 ± 272", "2,609 ± 701"),
     "Walker2d-v5": ("2,288 ± 572", "3,589 ± 757"),
@@ -41,9 +43,8 @@ PUBLISHED_CONTINUOUS = {  # environment: CleanRL (last episodes of training), Ti
     "InvertedPendulum-v5": ("963 ± 22", "1,000 ± 0"),
     "InvertedDoublePendulum-v5": ("", "9,231 ± 270"),
 }
-
-
-PUBLISHED_ATARI = {  # game: CleanRL, openai/baselines, rl-zoo3, all after 10,000,000 steps
+# Game: CleanRL, openai/baselines, rl-zoo3, all after 10,000,000 steps.
+PUBLISHED_ATARI = {
     "Pong": ("20.4 ± 0.2", "20.5 ± 0.5", "21.0 ± 0.1"),
     "Breakout": ("414.7 ± 28.1", "406.6 ± 31.6", "398 ± 33"),
     "BeamRider": ("1,916 ± 484", "2,643 ± 670", "3,397 ± 1,662"),
@@ -57,11 +58,17 @@ def read(path):
 def runs(study):
     """{label: {seed: path without the ending}} of a study's runs."""
     found = {}
-    by_number = lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(3), path.name)  # 6M before 10M
+    three_digits = lambda digits: digits[0].zfill(3)
+    by_number = lambda path: re.sub(r"\d+", three_digits, path.name)  # 6M before 10M
     for path in sorted((RESULTS / study).glob("*.args.json"), key=by_number):
         label, seed = path.name.removesuffix(".args.json").rsplit("-", 1)
         found.setdefault(label, {})[int(seed)] = path.with_name(f"{label}-{seed}")
     return found
+
+
+def total_steps(run):
+    """The flag --total-timesteps of a run."""
+    return json.loads(run.with_name(f"{run.name}.args.json").read_text())["total_timesteps"]
 
 
 def last_100(run):
@@ -69,11 +76,12 @@ def last_100(run):
 
 
 def column_of(run, table, column="episodic_return"):
-    return np.array([float(row[column]) for row in read(run.with_name(f"{run.name}.{table}.csv.gz"))])
+    rows = read(run.with_name(f"{run.name}.{table}.csv.gz"))
+    return np.array([float(row[column]) for row in rows])
 
 
 def best_evaluation(seeds):
-    """Mean and standard deviation over the seeds at the evaluation of the ten where that mean is best."""
+    """Mean and standard deviation over the seeds, at the evaluation with the best mean."""
     scores = np.array([column_of(run, "evaluations").reshape(10, 10).mean(1) for run in seeds])
     best = scores[:, scores.mean(0).argmax()]
     return best.mean(), best.std(ddof=1) if len(best) > 1 else 0.0
@@ -84,28 +92,33 @@ def iqm(scores, axis=-1):
 
 
 def interval(scores):
-    result = stats.bootstrap((scores,), iqm, method="percentile", n_resamples=10_000, rng=np.random.default_rng(0))
-    return result.confidence_interval
+    options = {"method": "percentile", "n_resamples": 10_000, "rng": np.random.default_rng(0)}
+    return stats.bootstrap((scores,), iqm, **options).confidence_interval
 
 
 def number(x, digits=1):
     return f"{x:,.{digits}f}".replace("-", "−")
 
 
+def mean_of(published):
+    """The number before the ± in a published result."""
+    return float(published.split()[0].replace("−", "-").replace(",", ""))
+
+
 def ppo_scores():
-    head = ["environment", "steps", "seeds", "interquartile mean [95 %]", "mean ± std", "worst seed"]
-    head += ["CleanRL", "baselines", "rl-zoo3"]
+    head = ["environment", "steps", "seeds", "interquartile mean [95 %]", "mean ± std"]
+    head += ["worst seed", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, published in PUBLISHED.items():
         seeds = runs("ppo").get(label)
         if not seeds:
             continue
         scores = np.array([last_100(run) for run in seeds.values()])
-        args = json.loads(next(iter(seeds.values())).with_name(f"{label}-1.args.json").read_text())
         low, high = interval(scores)
-        cells = [label, f"{args['total_timesteps']:,}", len(scores)]
+        cells = [label, f"{total_steps(seeds[1]):,}", len(scores)]
         cells += [f"**{number(iqm(scores))}** [{number(low)}, {number(high)}]"]
-        cells += [f"{number(scores.mean())} ± {number(scores.std(ddof=1))}", number(scores.min()), *published]
+        cells += [f"{number(scores.mean())} ± {number(scores.std(ddof=1))}"]
+        cells += [number(scores.min()), *published]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -122,33 +135,43 @@ def continuous_scores():
         reloaded = np.array([column_of(run, "reloaded").mean() for run in seeds])
         losses += list((last - reloaded) / abs(last))
         digits = 1 if abs(last.mean()) < 500 else 0
-        if tianshou and round(best, digits) < float(tianshou.split()[0].replace("−", "-").replace(",", "")):
+        if tianshou and round(best, digits) < mean_of(tianshou):
             short.append(label)
         low, high = interval(last)
-        cells = [label, len(last), f"**{number(iqm(last), digits)}** [{number(low, digits)}, {number(high, digits)}]"]
+        interval_text = f"[{number(low, digits)}, {number(high, digits)}]"
+        cells = [label, len(last), f"**{number(iqm(last), digits)}** {interval_text}"]
         cells += [f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}", cleanrl]
         cells += [f"**{number(best, digits)}** ± {number(deviation, digits)}", tianshou]
         cells.append(number(reloaded.mean() / last.mean(), 2))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     published = [tianshou for _, tianshou in PUBLISHED_CONTINUOUS.values() if tianshou]
-    reached = f"The best evaluation is at or above Tianshou's on {len(published) - len(short)} of {len(published)}"
+    reached = "The best evaluation is at or above Tianshou's on "
+    reached += f"{len(published) - len(short)} of {len(published)}"
     reached += f"; below it: {', '.join(short)}." if short else "."
-    worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%} below its last 100 episodes."
-    return [*lines, "", reached, worst]
+    worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%}"
+    return [*lines, "", reached, f"{worst} below its last 100 episodes."]
 
 
 def continuous_sb3():
     ours, theirs = runs("continuous"), runs("continuous-sb3")
     programs = ["ppo_continuous.py", "stable-baselines3", "stable-baselines3, rl-zoo3's flags"]
-    heads = [f"{name}: {measure}" for name in programs for measure in ("last 100", "best evaluation")]
+    measures = ["last 100", "best evaluation"]
+    heads = [f"{name}: {measure}" for name in programs for measure in measures]
     lines = [f"| environment | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
         cells = [environment]
-        for seeds in (ours, theirs, theirs):
-            label = environment if seeds is ours else f"{environment}-{('default', 'tuned')[len(cells) > 3]}"
-            found = list(seeds.get(label, {}).values())
-            scores = [np.mean([last_100(run) for run in found]), best_evaluation(found)[0]] if found else []
-            cells += [f"{number(score, 0)} ({len(found)} seed{'s' * (len(found) > 1)})" for score in scores] or ["", ""]
+        for seeds in (
+            ours.get(environment, {}),
+            theirs.get(f"{environment}-default", {}),
+            theirs.get(f"{environment}-tuned", {}),
+        ):
+            if not seeds:
+                cells += ["", ""]
+                continue
+            count = f"({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+            last = np.mean([last_100(run) for run in seeds.values()])
+            for score in (last, best_evaluation(seeds.values())[0]):
+                cells.append(f"{number(score, 0)} {count}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -166,7 +189,7 @@ def atari_scores():
         game, seeds = label.split("-")[0], found.values()
         played = np.mean([len(column_of(run, "episodes")) for run in seeds])
         steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
-        total = json.loads(next(iter(seeds)).with_name(f"{label}-1.args.json").read_text())["total_timesteps"]
+        total = total_steps(found[1])
         done = f"{steps:,}" + f" of {total:,}" * (steps < 0.99 * total)  # unfinished
         played_on = all(run.with_name(f"{run.name}.reloaded.csv.gz").exists() for run in seeds)
         trained = [last_100(run) for run in seeds]
@@ -179,15 +202,18 @@ def atari_scores():
 
 
 def atari_bf16():
-    head = ["`--bf16`", "seeds", "last 100 games: mean ± std", "all games: mean ± std", "each seed's last 100"]
+    head = ["`--bf16`", "seeds", "last 100 games: mean ± std", "all games: mean ± std"]
+    head += ["each seed's last 100"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for bf16 in ("on", "off"):
         seeds = runs("atari-bf16").get(f"Breakout-{bf16}", {}).values()
         if len(seeds) < 2:
             continue
-        last, overall = [last_100(run) for run in seeds], [column_of(run, "episodes").mean() for run in seeds]
+        last = [last_100(run) for run in seeds]
+        overall = [column_of(run, "episodes").mean() for run in seeds]
         means = [f"**{number(np.mean(x))}** ± {number(np.std(x, ddof=1))}" for x in (last, overall)]
-        lines.append(f"| {bf16} | {len(seeds)} | {' | '.join(means)} | {', '.join(map(number, last))} |")
+        cells = [bf16, str(len(seeds)), *means, ", ".join(map(number, last))]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -197,8 +223,8 @@ def speed(script):
         return []
     data = json.loads(path.read_text())
     peers = [name for name in ("stable-baselines3", "CleanRL") if name in data["rounds"][0]]
-    lines = ["| program | steps per second, median | " + " | ".join(f"× {peer}" for peer in peers) + " |"]
-    lines.append("|---|---|" + "---|" * len(peers))
+    head = ["program", "steps per second, median", *(f"× {peer}" for peer in peers)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in data["rounds"][0]:
         cells = [f"`{name}`", number(np.median([turn[name] for turn in data["rounds"]]), 0)]
         for peer in peers:
@@ -208,25 +234,31 @@ def speed(script):
             cells.append(ratio if alike else "")
         lines.append("| " + " | ".join(cells) + " |")
     threads = "all cores each" if script == "ppo_atari" else "one thread each"
-    lines += ["", f"{data['machine']}; {len(data['rounds'])} rounds of all programs in turn, {threads}."]
-    return lines
+    rounds = f"{len(data['rounds'])} rounds of all programs in turn"
+    return [*lines, "", f"{data['machine']}; {rounds}, {threads}."]
 
 
 def continuous_defaults():
     found, chosen = runs("continuous-defaults"), runs("continuous")
     variants = ["default", "16x128", "64x32-target-kl", "64x32", "8x256-no-norm-adv"]
     variants += [f"{shape}-clip-vloss" for shape in ("8x256", "16x128", "32x64", "64x32")]
-    lines = ["| environment | " + " | ".join(f"`{name}`" for name in variants) + " | (k3) of `16x128` |"]
-    lines.append("|---" * (len(variants) + 2) + "|")
+    head = ["environment", *(f"`{name}`" for name in variants), "(k3) of `16x128`"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for environment in chosen:
         cells = [environment]
         for variant in variants:
-            seeds = chosen.get(environment) if variant == "default" else found.get(f"{environment}-{variant}")
-            scores = np.array([last_100(run) for run in (seeds or {}).values()])
-            digits = 1 if len(scores) and abs(scores.mean()) < 500 else 0
+            seeds = found.get(f"{environment}-{variant}", {})
+            if variant == "default":
+                seeds = chosen[environment]
+            if not seeds:
+                cells.append("")
+                continue
+            scores = np.array([last_100(run) for run in seeds.values()])
+            digits = 1 if abs(scores.mean()) < 500 else 0
             deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
-            cells.append(f"**{number(scores.mean(), digits)}**{deviation} ({len(scores)})" if len(scores) else "")
-        kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in found[f"{environment}-16x128"].values()])
+            cells.append(f"**{number(scores.mean(), digits)}**{deviation} ({len(scores)})")
+        without_limit = found[f"{environment}-16x128"].values()
+        kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in without_limit])
         lines.append(f"| {' | '.join(cells)} | {number(kl, 3)} |")
     return lines
 
@@ -250,7 +282,8 @@ def render(text):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         assert re.search(pattern, text, re.S), f"README.md has no markers for {name}"
         block = "\n".join(table())
-        text = re.sub(pattern, lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text, flags=re.S)
+        replace = lambda found, block=block: f"{found[1]}{block}\n{found[2]}"
+        text = re.sub(pattern, replace, text, flags=re.S)
     return text
 
 
@@ -262,15 +295,16 @@ def figures(study, name, columns):
 
     found = runs(study)
     rows = -(-len(found) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), constrained_layout=True, squeeze=False)
+    options = {"figsize": (4 * columns, 3 * rows), "constrained_layout": True, "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **options)
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
     for axis, (label, seeds) in zip(axes.flat, found.items()):
         curves = []
         for run in seeds.values():
-            table = read(run.with_name(f"{run.name}.episodes.csv.gz"))
-            steps, returns = np.array([[float(r["global_step"]), float(r["episodic_return"])] for r in table]).T
-            total = json.loads(run.with_name(f"{run.name}.args.json").read_text())["total_timesteps"]
+            steps = column_of(run, "episodes", "global_step")
+            returns = column_of(run, "episodes")
+            total = total_steps(run)
             grid = np.linspace(0, total, 101)[1:]
             counts = np.searchsorted(steps, grid, side="right")
             sums = np.concatenate([[0], np.cumsum(returns)])
@@ -283,9 +317,10 @@ def figures(study, name, columns):
         axis.plot(grid, iqm(curves, axis=0), color="C0")
         axis.fill_between(grid, curves.min(0), curves.max(0), color="C0", alpha=0.2)
         if published := PUBLISHED_ATARI.get(label.split("-")[0]):
-            for source, style, score in zip(("CleanRL", "baselines", "rl-zoo3"), ("--", ":", "-."), published):
-                height, text = float(score.split(" ")[0].replace(",", "")), f"{source}, after 10,000,000"
-                axis.axhline(height, color="C1", linestyle=style, linewidth=1, label=text)
+            sources = ("CleanRL", "baselines", "rl-zoo3")
+            for source, style, score in zip(sources, ("--", ":", "-."), published):
+                look = {"color": "C1", "linestyle": style, "linewidth": 1}
+                axis.axhline(mean_of(score), label=f"{source}, after 10,000,000", **look)
             axis.legend(fontsize="x-small")
         axis.set_title(f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
         axis.set_xlim(0, total)
@@ -299,7 +334,8 @@ def figures(study, name, columns):
 def main():
     text = README.read_text()
     if "--check" in sys.argv:
-        sys.exit(render(text) != text and "README.md differs from benchmark/results: run benchmark/report.py")
+        differs = "README.md differs from benchmark/results: run benchmark/report.py"
+        sys.exit(differs if render(text) != text else 0)
     README.write_text(render(text))
     for study, columns in (("ppo", 4), ("continuous", 5), ("atari", 2)):
         figures(study, f"{study}.png", columns)

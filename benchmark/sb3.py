@@ -3,8 +3,8 @@
     python benchmark/sb3.py --env-id Hopper-v5 --seed 1            # its defaults
     python benchmark/sb3.py --env-id Hopper-v5 --seed 1 --tuned    # the hyperparameters of rl-zoo3
 
-Both with VecNormalize, the sampled policy evaluated for ten episodes after every tenth of the steps. Leaves
-args.json, episodes.csv and evaluations.csv in a directory of runs_dir.
+Both with VecNormalize, the sampled policy evaluated for ten episodes after every tenth of the
+steps. Leaves args.json, episodes.csv and evaluations.csv in a directory of runs_dir.
 """
 
 import csv
@@ -24,7 +24,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
 
 SIZES = [256, 256]
-WIDE = {"log_std_init": -2, "ortho_init": False, "activation_fn": nn.ReLU, "net_arch": {"pi": SIZES, "vf": SIZES}}
+WIDE = {
+    "log_std_init": -2,
+    "ortho_init": False,
+    "activation_fn": nn.ReLU,
+    "net_arch": {"pi": SIZES, "vf": SIZES},
+}
 TUNED = {  # rl-zoo3's hyperparams/ppo.yml, there for the v4 of these environments
     "HalfCheetah-v5": {
         "batch_size": 64,
@@ -85,8 +90,8 @@ class Evaluations(BaseCallback):
     def _on_step(self):
         if self.num_timesteps % self.every == 0:
             sync_envs_normalization(self.training_env, self.eval_envs)
-            options = {"n_eval_episodes": 10, "deterministic": False, "return_episode_rewards": True}
-            returns, _ = evaluate_policy(self.model, self.eval_envs, **options)
+            options = {"deterministic": False, "return_episode_rewards": True}
+            returns, _ = evaluate_policy(self.model, self.eval_envs, 10, **options)
             self.rows += [(self.num_timesteps, score) for score in returns]
         return True
 
@@ -98,13 +103,16 @@ def main():
     gamma = options.get("gamma", 0.99)
     Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
     run_dir = Path(tempfile.mkdtemp(prefix=f"{args.env_id}__sb3__{args.seed}__", dir=args.runs_dir))
-    envs = VecNormalize(make_vec_env(args.env_id, 1, args.seed, monitor_dir=str(run_dir)), gamma=gamma)
-    eval_envs = VecNormalize(make_vec_env(args.env_id, 10, args.seed), training=False, norm_reward=False)
+    envs = make_vec_env(args.env_id, 1, args.seed, monitor_dir=str(run_dir))
+    envs = VecNormalize(envs, gamma=gamma)
+    eval_envs = make_vec_env(args.env_id, 10, args.seed)
+    eval_envs = VecNormalize(eval_envs, training=False, norm_reward=False)
     model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu", **options)
     callback = Evaluations(eval_envs, args.total_timesteps // 10)
     model.learn(args.total_timesteps, callback)
-    monitor = np.genfromtxt(run_dir / "0.monitor.csv", delimiter=",", skip_header=2, usecols=(1, 0))  # length, return
-    episodes = [(step, score, int(n)) for step, (n, score) in zip(np.cumsum(monitor[:, 0]).astype(int), monitor)]
+    monitor = np.genfromtxt(run_dir / "0.monitor.csv", delimiter=",", skip_header=2)
+    returns, lengths = monitor[:, 0].tolist(), monitor[:, 1].astype(int)
+    episodes = list(zip(np.cumsum(lengths), returns, lengths))
     columns = {"episodes.csv": ("global_step", "episodic_return", "episodic_length")}
     columns["evaluations.csv"] = columns["episodes.csv"][:2]
     for name, rows in (("episodes.csv", episodes), ("evaluations.csv", callback.rows)):

@@ -1,16 +1,18 @@
-"""Steps per second of our scripts beside stable-baselines3's and CleanRL's PPO, run in turn on the CPU.
+"""Steps per second of our scripts, stable-baselines3's and CleanRL's PPO, run in turn on the CPU.
 
     python benchmark/speed.py ppo_atari
-    python benchmark/speed.py ppo --cleanrl CLEANRL/cleanrl/ppo.py --python VENV/bin/python
-    python benchmark/speed.py ppo_continuous --cleanrl CLEANRL/cleanrl/ppo_continuous_action.py --python VENV/bin/python
+    python benchmark/speed.py ppo --python VENV/bin/python --cleanrl CLEANRL/cleanrl/ppo.py
+    python benchmark/speed.py ppo_continuous --python VENV/bin/python \\
+        --cleanrl CLEANRL/cleanrl/ppo_continuous_action.py
 
-CleanRL needs an environment of its own (gymnasium[mujoco] 0.29.1, mujoco 3.1.6, numpy < 2, tyro, tensorboard,
-setuptools < 81, the same torch); without these two flags it is left out, and so are the results. All train with the
-same hyperparameters, those of CleanRL's defaults: ppo on CartPole-v1; ppo_continuous on HalfCheetah-v5, in CleanRL's
-older gymnasium on HalfCheetah-v4, both with one thread; ppo_atari on Breakout without sticky actions, with all cores.
-With its own defaults ppo_continuous trains to the end.
-Start-up and the first steps (with --compile: the compilation) are not counted, but for CleanRL, whose own figure
-counts from its first step on. Writes results/speed_<script>.json.
+CleanRL needs an environment of its own (gymnasium[mujoco] 0.29.1, mujoco 3.1.6, numpy < 2, tyro,
+tensorboard, setuptools < 81, the same torch); without these two flags it is left out, and so are
+the results. All train with the same hyperparameters, those of CleanRL's defaults: ppo on
+CartPole-v1; ppo_continuous on HalfCheetah-v5, in CleanRL's older gymnasium on HalfCheetah-v4, both
+with one thread; ppo_atari on Breakout without sticky actions, with all cores. With its own defaults
+ppo_continuous trains to the end.
+Start-up and the first steps (with --compile: the compilation) are not counted, but for CleanRL,
+whose own figure counts from its first step on. Writes results/speed_<script>.json.
 """
 
 import argparse
@@ -34,28 +36,30 @@ STEPS = {  # all of them, and those not counted
     "ppo_atari": (20_480, 5_120),
 }
 THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
-CLASSIC = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None --clip-vloss".split()
+CLASSIC = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None --clip-vloss"
 
 
 def ours(script, steps, *flags):
     with tempfile.TemporaryDirectory() as runs_dir:
-        command = [sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, "--total-timesteps", str(steps)]
-        command += [*flags, "--threads", str(THREADS[script]), "--device", "cpu"]
+        command = [sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, *flags]
+        command += f"--total-timesteps {steps} --threads {THREADS[script]} --device cpu".split()
         subprocess.run(command, check=True, capture_output=True)
         with open(next(Path(runs_dir).glob("*/metrics.csv")), newline="") as file:
-            rows = [(int(row["global_step"]), float(row["seconds"])) for row in csv.DictReader(file)]
-    (first, began), (last, ended) = next(row for row in rows if row[0] >= STEPS[script][1]), rows[-1]
-    return (last - first) / (ended - began)
+            rows = list(csv.DictReader(file))
+    counted = [row for row in rows if int(row["global_step"]) >= STEPS[script][1]]
+    steps = int(counted[-1]["global_step"]) - int(counted[0]["global_step"])
+    return steps / (float(counted[-1]["seconds"]) - float(counted[0]["seconds"]))
 
 
 def stable_baselines3(script, steps):
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; "
     code += f"speed.train_sb3({script!r}, {steps})"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def train_sb3(script, steps):
-    """Prints the steps per second of stable-baselines3's PPO with the hyperparameters of CleanRL's script."""
+    """Prints the steps per second of stable-baselines3's PPO with CleanRL's hyperparameters."""
     import ale_py  # noqa: F401, registers the games
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -85,7 +89,8 @@ def train_sb3(script, steps):
         options = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01}
     if script != "ppo_atari":
         options["policy_kwargs"] = {"net_arch": sizes}
-    options |= {"learning_rate": lambda left: rate * left, "clip_range": clip, "clip_range_vf": clip}
+    options |= {"learning_rate": lambda left: rate * left}
+    options |= {"clip_range": clip, "clip_range_vf": clip}
     policy = "CnnPolicy" if script == "ppo_atari" else "MlpPolicy"
     model = PPO(policy, envs, device="cpu", seed=1, **options)
     model.learn(steps, callback=clock)
@@ -94,18 +99,22 @@ def train_sb3(script, steps):
 
 def cleanrl(steps, python, script):
     with tempfile.TemporaryDirectory() as folder:  # it writes its runs into the working directory
-        command = [Path(python).absolute(), Path(script).absolute(), "--total-timesteps", str(steps), "--no-cuda"]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
-    return float(re.findall(r"SPS: (\d+)", output)[-1])  # counted by CleanRL itself, from its first step on
+        command = [Path(python).absolute(), Path(script).absolute(), "--no-cuda"]
+        command += ["--total-timesteps", str(steps)]
+        options = {"check": True, "capture_output": True, "text": True, "cwd": folder}
+        output = subprocess.run(command, **options).stdout
+    return float(re.findall(r"SPS: (\d+)", output)[-1])  # its own count, from its first step on
 
 
 def machine():
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{model[0] if model else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    model = models[0] if models else platform.processor()
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("script", choices=STEPS)
     parser.add_argument("--python", help="of CleanRL's environment")
     parser.add_argument("--cleanrl", help="its script")
@@ -113,7 +122,7 @@ def main():
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(THREADS[args.script])
     script, steps = args.script, STEPS[args.script][0]
-    same = CLASSIC if script == "ppo_continuous" else []
+    same = CLASSIC.split() if script == "ppo_continuous" else []
     programs = {
         f"{script}.py": lambda: ours(script, steps, *same),
         f"{script}.py --compile": lambda: ours(script, steps, *same, "--compile"),
@@ -125,8 +134,9 @@ def main():
         programs["ppo.py --num-envs 32"] = lambda: ours(script, 8 * steps, "--num-envs", "32")
     elif script == "ppo_continuous":
         whole = 1_000_000  # the limit of the KL ends more of the later updates early
+        compiled = lambda: ours(script, whole, "--compile")
         programs["ppo_continuous.py, its own defaults"] = lambda: ours(script, whole)
-        programs["ppo_continuous.py --compile, its own defaults"] = lambda: ours(script, whole, "--compile")
+        programs["ppo_continuous.py --compile, its own defaults"] = compiled
     else:
         programs["ppo_atari.py --bf16 off"] = lambda: ours(script, steps, "--bf16", "off")
     rounds = []
@@ -137,7 +147,8 @@ def main():
         return
     target = Path(__file__).parent / "results" / f"speed_{script}.json"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"machine": machine(), "steps": steps, "rounds": rounds}, indent=2) + "\n")
+    data = {"machine": machine(), "steps": steps, "rounds": rounds}
+    target.write_text(json.dumps(data, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Trains ppo_continuous.py with the flags given, and evaluates its policy ten times on the way, for run.py.
+"""Trains ppo_continuous.py, for run.py, and evaluates the policy ten times on the way.
 
-    python benchmark/train_and_evaluate.py --env-id Hopper-v5
+    python benchmark/train_and_evaluate.py --env-id Hopper-v5      # the flags of ppo_continuous.py
 
-Adds to the run directory evaluations.csv, ten episodes of the sampled policy after every tenth of the iterations, and
-reloaded.csv, twenty episodes that --evaluate played from the finished directory. Training is not disturbed: the
-evaluations have environments of their own, and the random numbers go on as if there had been none.
+Adds to the run directory evaluations.csv, ten episodes of the sampled policy after every tenth of
+the iterations, and reloaded.csv, twenty episodes that --evaluate played from the finished
+directory. Training is not disturbed: the evaluations have environments of their own, and the random
+numbers go on as if there had been none.
 """
 
-import contextlib
+import copy
 import csv
-import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,28 +35,31 @@ def main():
     iterations = args.total_timesteps // batch_size
     milestones = {iterations * tenth // 10 * batch_size for tenth in range(1, 11)}
     agents, evaluations = [], []
-    flat_parameters, show = ppo_continuous.flat_parameters, ppo_continuous.Logger.show
+    flat_parameters, log = ppo_continuous.flat_parameters, ppo_continuous.Logger.log
 
     def keep_agent(agent):
         agents.append(agent)
         return flat_parameters(agent)
 
-    def show_and_evaluate(logger, step, sps):
-        show(logger, step, sps)
+    def log_and_evaluate(logger, metrics, episodes):
+        log(logger, metrics, episodes)
+        step = metrics["global_step"]
         if step in milestones:
-            with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
-                ten = replace(args, num_envs=10, eval_episodes=1)
-                scores = ppo_continuous.evaluate(ten, agents[0].state_dict())
-            evaluations.extend((step, score) for score in scores.flatten().tolist())
+            ten = replace(args, num_envs=10, eval_episodes=1, evaluate=str(logger.run_dir))
+            with torch.random.fork_rng():
+                returns = ppo_continuous.evaluate(copy.deepcopy(agents[0]).cpu(), ten)
+            evaluations.extend((step, score) for score in returns.flatten().tolist())
 
-    ppo_continuous.flat_parameters, ppo_continuous.Logger.show = keep_agent, show_and_evaluate
+    ppo_continuous.flat_parameters = keep_agent
+    ppo_continuous.Logger.log = log_and_evaluate
     run_dir = ppo_continuous.train(args)
     write(run_dir / "evaluations.csv", ("global_step", "episodic_return"), evaluations)
 
-    script, twenty = ROOT / "ppo_continuous.py", ["--num-envs", "20", "--eval-episodes", "1"]
-    command = [sys.executable, script, "--evaluate", run_dir, *twenty]
+    command = [sys.executable, ROOT / "ppo_continuous.py", "--evaluate", run_dir]
+    command += "--num-envs 20 --eval-episodes 1".split()
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    write(run_dir / "reloaded.csv", ("episodic_return",), ([score] for score in output.splitlines()[-1].split()))
+    scores = output.splitlines()[-1].split()
+    write(run_dir / "reloaded.csv", ("episodic_return",), ([score] for score in scores))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Small environments for the tests; importing this registers them, as does an id like environments:Stub-v0."""
+"""Small environments for the tests. Importing this registers them, as an id like
+environments:Stub-v0 does."""
 
 import os
 import time
@@ -6,11 +7,9 @@ import time
 import gymnasium as gym
 import numpy as np
 
-# For test_bad_input.py: one environment for each thing that ppo.py must refuse.
-
 
 class Stub(gym.Env):
-    """An episode of five steps with reward 1; the spaces come from the registration."""
+    """Episodes of five steps with reward 1; the spaces come from the registration."""
 
     metadata = {"render_modes": []}
 
@@ -29,27 +28,33 @@ class Stub(gym.Env):
         return self.observation_space.sample(), 1.0, self.steps == 5, False, {}
 
 
+gym.register("Stub-v0", Stub)
+gym.register("StubShort-v0", Stub, max_episode_steps=1)
+
+
+# For test_bad_input.py: one environment for each thing that ppo.py must refuse.
+
+
 def same_step_vector(num_envs, **kwargs):
     """A vector environment that resets within the step that ends an episode."""
     make = lambda: Stub(**kwargs)
-    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
 
 
 box = gym.spaces.Box(-1, 1, (2,))
-gym.register("Stub-v0", Stub)
-gym.register("StubImages-v0", Stub, kwargs={"observations": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)})
 gym.register("StubMultiDiscrete-v0", Stub, kwargs={"actions": gym.spaces.MultiDiscrete([2, 3])})
-gym.register("StubSequence-v0", Stub, kwargs={"observations": gym.spaces.Sequence(box)})
-gym.register("StubGraph-v0", Stub, kwargs={"observations": gym.spaces.Graph(box, box)})
 gym.register("StubSameStep-v0", Stub, vector_entry_point=same_step_vector)
-gym.register("StubBoxSameStep-v0", Stub, vector_entry_point=same_step_vector, kwargs={"actions": box})
+gym.register(
+    "StubBoxSameStep-v0", Stub, vector_entry_point=same_step_vector, kwargs={"actions": box}
+)
 
 
 # For test_runs.py.
 
 
 class NanReward(Stub):
-    """A Stub whose reward is not a number after as many steps of all its instances together as good_steps says."""
+    """A Stub whose reward is not a number after good_steps steps of all its instances."""
 
     good_steps = 0
 
@@ -60,7 +65,7 @@ class NanReward(Stub):
 
 
 class Slow(Stub):
-    """A Stub that sleeps in every step while the variable SLOW stands in the environment, to be stopped meanwhile."""
+    """A Stub whose every step takes $SLOW seconds, so that a test can stop it."""
 
     def step(self, action):
         time.sleep(float(os.environ.get("SLOW", 0)))
@@ -71,16 +76,16 @@ gym.register("NanReward-v0", NanReward)
 gym.register("Slow-v0", Slow)
 
 
-# For test_training.py: worlds whose values are known, spaces that need flattening, simulators that remember.
+# For test_training.py: known values, spaces that need flattening, a simulator that keeps state.
 
 
 class Ring(gym.Env):
-    """Three states in a circle, left in turn with reward 1, 2, 3 whatever the action; a time limit is registered.
+    """Three states in a circle, left in turn with reward 1, 2, 3 whatever the action.
 
     With `terminal`, arriving at state 0 ends the episode.
     """
 
-    observation_space, action_space = gym.spaces.Discrete(3), gym.spaces.Discrete(2, start=5)
+    observation_space, action_space = gym.spaces.Discrete(3), gym.spaces.Discrete(2)
 
     def __init__(self, terminal=False):
         self.terminal = terminal
@@ -107,7 +112,8 @@ class Mixed(Ring):
     )
 
     def observe(self):
-        return {"matrix": np.eye(2, dtype=np.float32), "tuple": (self.state, np.array([0, 1], np.int8))}
+        values = (self.state, np.array([0, 1], np.int8))
+        return {"matrix": np.eye(2, dtype=np.float32), "tuple": values}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -118,14 +124,16 @@ class Mixed(Ring):
 
 
 class Walker(gym.Wrapper):
-    """BipedalWalker, which keeps the state of its solver across reset, with four actions to choose from."""
+    """BipedalWalker, whose solver keeps its state across resets, with four discrete actions."""
+
+    torques = np.array([[1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 1, 0, 1]], np.float32)
 
     def __init__(self):
         super().__init__(gym.make("BipedalWalker-v3").unwrapped)
         self.action_space = gym.spaces.Discrete(4)
 
     def step(self, action):
-        return self.env.step(np.array([[1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 1, 0, 1]][action], np.float32))
+        return self.env.step(self.torques[action])
 
 
 gym.register("Ring-v0", Ring, max_episode_steps=4)

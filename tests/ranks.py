@@ -1,4 +1,4 @@
-"""One of the processes of test_atari.py's run under torchrun; keeps what it saw and what became of it in a file.
+"""One process of test_atari.py's run under torchrun: trains, and saves what it saw to FILE-RANK.
 
 torchrun --nproc-per-node 2 tests/ranks.py FILE FLAGS…
 """
@@ -14,38 +14,61 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ppo_atari as ppo
 
-seen = {"initial": None, "minibatches": [], "gradients": [], "parameters": []}
-loss, reduce, diagnostics, flat_parameters = ppo.ppo_loss, dist.all_reduce, ppo.diagnostics, ppo.flat_parameters
-torch._C._get_accelerator = lambda: torch.device("mps")  # as on a machine that has another device than the one in use
+seen = {"first_obs": [], "orders": [], "weights": [], "grad_norms": [], "minibatches": 0}
+start_envs, flat_parameters, ppo_loss = ppo.start_envs, ppo.flat_parameters, ppo.ppo_loss
+randperm, all_reduce = torch.randperm, dist.all_reduce
 
 
-def keep_minibatch(agent, args, *minibatch):
-    if seen["initial"] is None:
-        seen["initial"] = {name: value.clone() for name, value in agent.state_dict().items()}
-    seen["parameters"].append(torch.cat([p.detach().flatten() for p in agent.parameters()]))
-    seen["minibatches"].append([tensor.clone() for tensor in minibatch])
-    return loss(agent, args, *minibatch)
-
-
-def keep_gradient(tensor, *rest):
-    reduce(tensor, *rest)
-    seen["gradients"].append(tensor / ppo.WORLD_SIZE)
+def keep_first_obs(args, iteration):
+    envs, obs = start_envs(args, iteration)
+    seen["first_obs"] += list(obs)
+    return envs, obs
 
 
 def different_weights(agent):
-    """Those of the first process; the other begins with others, until they are made equal."""
+    """In the second process all weights are larger, until train makes them equal."""
     parameters = flat_parameters(agent)
     parameters.data += 0.01 * ppo.RANK
     return parameters
 
 
-def very_different_kl(*args):
-    """0 on the first process; on the second it grows by 1 with every minibatch."""
-    old_kl, _, *rest = diagnostics(*args)
-    return old_kl, float(ppo.RANK * len(seen["minibatches"])), *rest
+def keep_order(n, **options):
+    seen["orders"].append(randperm(n, **options))
+    return seen["orders"][-1]
 
 
-ppo.ppo_loss, dist.all_reduce, ppo.diagnostics = keep_minibatch, keep_gradient, very_different_kl
-ppo.flat_parameters = different_weights
+def keep_minibatch(agent, batch, args):
+    """The KL is 0 in the first process; in the second it grows by 1 with every minibatch."""
+    seen.setdefault(
+        "agent", {name: weights.clone() for name, weights in agent.state_dict().items()}
+    )
+    seen.setdefault("minibatch", {name: rows.clone() for name, rows in batch.items()})
+    bits = torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
+    seen["weights"].append(bits.view(torch.int32).sum().item())
+    seen["minibatches"] += 1
+    loss, logged = ppo_loss(agent, batch, args)
+    return loss, logged | {"approx_kl": torch.tensor(float(ppo.RANK * seen["minibatches"]))}
+
+
+def keep_gradient(tensor):
+    all_reduce(tensor)
+    if tensor.ndim == 1:  # not the KL
+        seen.setdefault("gradient", tensor / ppo.WORLD_SIZE)
+        seen["grad_norms"].append(tensor.norm().item() / ppo.WORLD_SIZE)
+
+
+class Adam(torch.optim.Adam):
+    def step(self):
+        (parameters,) = self.param_groups[0]["params"]
+        seen.setdefault("clipped_gradient", parameters.grad.clone())
+        super().step()
+
+
+ppo.start_envs, ppo.flat_parameters, ppo.ppo_loss = (
+    keep_first_obs,
+    different_weights,
+    keep_minibatch,
+)
+torch.randperm, dist.all_reduce, torch.optim.Adam = keep_order, keep_gradient, Adam
 ppo.train(tyro.cli(ppo.Args, args=sys.argv[2:]))
 torch.save(seen, f"{sys.argv[1]}-{ppo.RANK}")

@@ -1,4 +1,4 @@
-"""From the same weights, rollout and minibatch, our loss has the gradient of stable-baselines3's."""
+"""With the same weights and minibatch, our loss has the gradient of stable-baselines3's."""
 
 import pytest
 import stable_baselines3
@@ -13,12 +13,14 @@ class Caught(Exception):
 
 
 def copy_weights(policy, agent):
-    """Copies the weights of a stable-baselines3 policy into our agent; returns pairs of parameters (ours, theirs)."""
+    """Copies the weights of a stable-baselines3 policy into our agent; returns pairs of
+    parameters (ours, theirs)."""
     actor = [*policy.mlp_extractor.policy_net, policy.action_net]
     critic = [*policy.mlp_extractor.value_net, policy.value_net]
     agent.actor.load_state_dict(torch.nn.Sequential(*actor).state_dict())
     agent.critic.load_state_dict(torch.nn.Sequential(*critic).state_dict())
-    pairs = list(zip([*agent.actor.parameters(), *agent.critic.parameters()], parameters_of(actor + critic)))
+    ours = [*agent.actor.parameters(), *agent.critic.parameters()]
+    pairs = list(zip(ours, parameters_of(actor + critic)))
     if hasattr(policy, "log_std"):
         agent.log_std.data.copy_(policy.log_std)
         pairs.append((agent.log_std, policy.log_std))
@@ -29,31 +31,36 @@ def parameters_of(layers):
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
-@pytest.mark.parametrize(("script", "env_id"), [(ppo, "CartPole-v1"), (ppo_continuous, "Pendulum-v1")])
+@pytest.mark.parametrize(
+    ("script", "env_id"), [(ppo, "CartPole-v1"), (ppo_continuous, "Pendulum-v1")]
+)
 @pytest.mark.parametrize("clip", [0.2, 0.02])
 def test_gradient_is_that_of_stable_baselines3(monkeypatch, script, env_id, clip):
-    # Its value loss has no ½, so its weight of 0.25 is our 0.5. It clips the value loss by another formula, without the
-    # maximum of the two errors, so that clip is off in both.
+    # Its value loss has no ½, so its weight of 0.25 is our 0.5. It clips the value loss by another
+    # formula, without the maximum of the two errors, so that clip is off in both.
     options = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "ent_coef": 0.01, "vf_coef": 0.25}
-    model = stable_baselines3.PPO("MlpPolicy", env_id, seed=1, device="cpu", clip_range=clip, **options)
+    model = stable_baselines3.PPO(
+        "MlpPolicy", env_id, seed=1, device="cpu", clip_range=clip, **options
+    )
     _, callback = model._setup_learn(128)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 128)
     torch.manual_seed(1)
-    with torch.no_grad():  # move the policy, as the first minibatches of an update do, so that ratios differ from 1
+    # Move the policy, as the first minibatches of an update do, so that ratios differ from 1.
+    with torch.no_grad():
         for parameter in model.policy.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
 
     args = script.Args(clip_coef=clip, clip_vloss=False, ent_coef=0.01, vf_coef=0.5)
-    agent = script.Agent(model.observation_space, model.action_space, args)
+    options = (False, -0.5, True) if script is ppo_continuous else ()
+    agent = script.Agent(model.observation_space, model.action_space, *options)
     pairs = copy_weights(model.policy, agent)
     rows = next(model.rollout_buffer.get())  # all 128; their order does not change the means
     actions = rows.actions if script is ppo_continuous else rows.actions.long().flatten()
-    weight = torch.ones(128)
-    advantages = script.normalize_advantages(rows.advantages, weight)
-    minibatch = (rows.observations, actions, rows.old_log_prob, rows.old_values, rows.returns, advantages, weight)
-    loss, *_, log_ratio = script.ppo_loss(agent, args, *minibatch)
-    loss.backward()
-    shares = [(log_ratio.exp() < 1 - clip).float().mean(), (log_ratio.exp() > 1 + clip).float().mean()]
+    batch = {"x": rows.observations, "actions": actions, "old_log_probs": rows.old_log_prob}
+    batch |= {"old_values": rows.old_values, "advantages": rows.advantages, "returns": rows.returns}
+    script.ppo_loss(agent, batch, args)[0].backward()
+    ratio = (agent.evaluate_actions(rows.observations, actions)[0] - rows.old_log_prob).exp()
+    shares = [(ratio < 1 - clip).float().mean(), (ratio > 1 + clip).float().mean()]
     assert clip == 0.2 or min(shares) > 0.02  # with 0.02, ratios leave the interval on both sides
 
     def catch(*_):
