@@ -76,7 +76,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
         rows = self.num_envs * self.num_steps  # of a rollout
         lowest = dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "threads"], 1)
         lowest |= {"save_every": 1, "eval_episodes": 1, "num_steps": 2}
-        lowest["total_timesteps"] = 1 if self.evaluate else rows
+        is_new_run = self.resume is None and self.evaluate is None
+        lowest["total_timesteps"] = rows if is_new_run else 1
         highest = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1}
         for name, value in vars(self).items():
             low, high = lowest.get(name, 0), highest.get(name, math.inf)
@@ -84,7 +85,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
         uneven = rows % self.num_minibatches > 0 or rows // self.num_minibatches < 2
-        if uneven and not self.evaluate:
+        if uneven and is_new_run:
             problem = f"must divide {rows} steps into equal parts of at least 2"
             raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -565,7 +566,7 @@ def main():
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:
-            saved, _ = load_run(args.resume or args.evaluate)
+            saved, _ = load_run(args.evaluate if args.resume is None else args.resume)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
             allowed = MAY_DIFFER | (MAY_DIFFER_IN_EVALUATION if args.evaluate else set())
             for name, value in vars(saved).items():
