@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
     norm_reward: bool = False  # divide rewards by the running std of returns, (rew-norm)
+    reference: str | None = None  # run directory of an agent to start from and to stay close to
+    kl_coef: float = 0.0  # β: penalty for drifting away from the reference, (kl-ref)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
     threads: int | None = 1  # CPU threads of torch in training; None: torch decides
@@ -92,6 +95,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
             raise UsageError("--device cuda: torch finds no GPU")
         if (self.greedy or self.capture_video) and not self.evaluate:
             raise UsageError("--greedy and --capture-video need --evaluate")
+        if self.kl_coef > 0 and self.reference is None:
+            raise UsageError("--kl-coef needs --reference")
         if self.resume and self.evaluate:
             raise UsageError("--resume and --evaluate exclude each other")
 
@@ -234,12 +239,11 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     """
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
-    advantages = torch.zeros_like(deltas)
-    advantage = 0
+    advantages, advantage = [], 0
     for t in reversed(range(len(deltas))):
         advantage = deltas[t] + decays[t] * advantage
-        advantages[t] = advantage
-    return advantages
+        advantages.insert(0, advantage)
+    return torch.stack(advantages)
 
 
 def normalize_advantages(advantages):
@@ -311,6 +315,7 @@ def train(args):
     """Trains an agent, or continues the run in args.resume; returns the run directory."""
     T, N = args.num_steps, args.num_envs
     batch_size = T * N
+    minibatch_size = batch_size // args.num_minibatches
     iterations = args.total_timesteps // batch_size
 
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
@@ -319,6 +324,13 @@ def train(args):
     torch.manual_seed(args.seed)  # for the initial weights
     envs = make_envs(args)  # for their spaces; training starts with new ones
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
+    reference = None
+    if args.reference is not None:
+        reference = load_agent(Path(args.resume, "reference") if args.resume else args.reference)
+        if [p.shape for p in reference.parameters()] != [p.shape for p in agent.parameters()]:
+            raise UsageError(f"--reference {args.reference}: it was trained on other spaces")
+        agent.load_state_dict(reference.to(device).state_dict())
+        agent.norm_obs = args.norm_obs = reference.norm_obs
     parameters = flat_parameters(agent)  # one vector
     optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
     mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
@@ -333,6 +345,8 @@ def train(args):
     to_tensor = lambda array: torch.from_numpy(array).to(device)
 
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
+    if args.reference is not None and args.resume is None:
+        shutil.copytree(args.reference, run_dir / "reference")  # the run needs no other directory
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
     # Checkpoints cut episodes short, so they are at least ten full episodes apart.
@@ -381,6 +395,12 @@ def train(args):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # step t resets, ends
         scaled = to_tensor(rewards)
+        drift = None
+        if reference is not None:  # (kl-ref): the frozen reference is a second trust region
+            reference_x = reference.normalize(to_tensor(obs[:-1]))
+            reference_log_probs, _ = reference.evaluate_actions(reference_x, to_tensor(actions))
+            drift = (log_probs - reference_log_probs) * ~resets
+            scaled = scaled - args.kl_coef * drift
         if args.norm_reward:
             stats = agent.return_stats
             scaled, running_sum = scale_rewards(scaled, resets, stats, args.gamma, running_sum)
@@ -405,9 +425,11 @@ def train(args):
         logs = []
         for _ in range(args.update_epochs):
             order = torch.randperm(rows, device=device)[fill_up]
+            shuffled = {name: column[order] for name, column in batch.items()}
             epoch_kl = 0
-            for indices in order.split(batch_size // args.num_minibatches):
-                minibatch = {name: column[indices] for name, column in batch.items()}
+            for start in range(0, batch_size, minibatch_size):
+                part = slice(start, start + minibatch_size)
+                minibatch = {name: column[part] for name, column in shuffled.items()}
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
                 loss.backward()
@@ -417,8 +439,8 @@ def train(args):
                 optimizer.step()
                 logged["grad_norm"] = grad_norm
                 logs.append(torch.stack(list(logged.values())))
-                epoch_kl += logged["approx_kl"] / args.num_minibatches
-            if args.target_kl is not None and epoch_kl > args.target_kl:
+                epoch_kl += logged["approx_kl"]
+            if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
                 break
         if args.norm_obs:  # not earlier: update and values must see what the policy saw
             agent.obs_stats.update(to_tensor(obs[:-1])[~resets])
@@ -439,6 +461,7 @@ def train(args):
             **dict(zip(logged, logs.mean(0).tolist())),
             "max_ratio_dev": largest["max_ratio_dev"],  # instead of the mean
             "explained_variance": explained,
+            "kl_reference": drift[~resets].mean().item() if drift is not None else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "sps": round(batch_size / (now - iteration_began)),
             "seconds": round(now - began, 3),

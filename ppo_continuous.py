@@ -250,12 +250,11 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     """
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
-    advantages = torch.zeros_like(deltas)
-    advantage = 0
+    advantages, advantage = [], 0
     for t in reversed(range(len(deltas))):
         advantage = deltas[t] + decays[t] * advantage
-        advantages[t] = advantage
-    return advantages
+        advantages.insert(0, advantage)
+    return torch.stack(advantages)
 
 
 def normalize_advantages(advantages):
@@ -327,6 +326,7 @@ def train(args):
     """Trains an agent, or continues the run in args.resume; returns the run directory."""
     T, N = args.num_steps, args.num_envs
     batch_size = T * N
+    minibatch_size = batch_size // args.num_minibatches
     iterations = args.total_timesteps // batch_size
 
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
@@ -432,9 +432,11 @@ def train(args):
                 batch["advantages"] = advantages[~resets]
                 batch["returns"] = (advantages + values[:-1])[~resets]
             order = torch.randperm(rows, device=device)[fill_up]
+            shuffled = {name: column[order] for name, column in batch.items()}
             epoch_kl = 0
-            for indices in order.split(batch_size // args.num_minibatches):
-                minibatch = {name: column[indices] for name, column in batch.items()}
+            for start in range(0, batch_size, minibatch_size):
+                part = slice(start, start + minibatch_size)
+                minibatch = {name: column[part] for name, column in shuffled.items()}
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
                 loss.backward()
@@ -444,8 +446,8 @@ def train(args):
                 optimizer.step()
                 logged["grad_norm"] = grad_norm
                 logs.append(torch.stack(list(logged.values())))
-                epoch_kl += logged["approx_kl"] / args.num_minibatches
-            if args.target_kl is not None and epoch_kl > args.target_kl:
+                epoch_kl += logged["approx_kl"]
+            if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
                 break
         if args.norm_obs:  # not earlier: update and values must see what the policy saw
             agent.obs_stats.update(to_tensor(obs[:-1])[~resets])

@@ -140,3 +140,23 @@ gym.register("Ring-v0", Ring, max_episode_steps=4)
 gym.register("RingTerminal-v0", Ring, kwargs={"terminal": True})
 gym.register("Mixed-v0", Mixed, max_episode_steps=4)
 gym.register("Walker-v0", Walker, max_episode_steps=100)
+
+
+# For test_reference.py.
+
+
+class Bandit(gym.Env):
+    """One step per episode; each of four actions has its reward."""
+
+    rewards = [0.0, 0.5, 1.0, -1.0]
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), self.rewards[action], True, False, {}
+
+
+gym.register("Bandit-v0", Bandit)

@@ -38,6 +38,7 @@ RANGES = {
     "vf_coef": (0, math.inf),
     "max_grad_norm": (0, math.inf),
     "target_kl": (0, math.inf),
+    "kl_coef": (0, math.inf),
     "threads": (1, math.inf),
     "save_every": (1, math.inf),
     "eval_episodes": (1, math.inf),
@@ -125,9 +126,10 @@ def test_number_out_of_range(refused_flag, name):
     for value in values:
         message = f"{flag(name)} {value}: must be in [{low}, {high}]"
         assert message in refused_flag(flag(name), value)
-    Args(**{name: low})
+    needed = {"reference": "DIR"} if name == "kl_coef" else {}
+    Args(**{name: low}, **needed)
     if high < math.inf or name in FLOATS:
-        Args(**{name: high})
+        Args(**{name: high}, **needed)
 
 
 @pytest.mark.parametrize("number", [3, 512])  # 512 minibatches would have one step each

@@ -252,7 +252,7 @@ def test_metrics_have_the_documented_columns_and_the_annealed_learning_rate(tmp_
     expected = (
         "iteration,global_step,episodes,episodic_return,episodic_length,policy_loss,value_loss,"
         "entropy,old_approx_kl,approx_kl,clipfrac,max_ratio_dev,grad_norm,explained_variance,"
-        "learning_rate,sps,seconds"
+        "kl_reference,learning_rate,sps,seconds"
     )
     assert ",".join(rows[0]) == expected
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4]
