@@ -1,7 +1,11 @@
-"""Makes the tables and figures of the README from the raw data in benchmark/results/.
+"""Makes tables, figures and links to lines of code, from the raw data in benchmark/results/.
 
-    python benchmark/report.py           # rewrites the tables of README.md, and the figures
-    python benchmark/report.py --check   # only tells: exit status 1 if the tables are out of date
+    python benchmark/report.py           # rewrites README.md, benchmark/README.md and the figures
+    python benchmark/report.py --check   # only says whether the two texts are up to date
+
+Tables stand between markers like <!-- results --> and <!-- end -->. A link from the name of a
+function or class to a script, like [`Agent`](ppo.py#L1-L2), gets the lines of that definition, and
+[rollout], [advantages] and [update] those of the parts of `train`.
 
 Scores are the mean return of the last 100 training episodes of a run. Over seeds: the interquartile
 mean with a 95 % percentile bootstrap interval (Agarwal et al. 2021), and mean ± standard deviation,
@@ -10,6 +14,7 @@ evaluated on the way, ten episodes each time, and of the means over seeds the be
 the standard deviation over seeds at that step.
 """
 
+import ast
 import csv
 import gzip
 import io
@@ -22,7 +27,7 @@ import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 # Label: CleanRL, openai/baselines (both docs.cleanrl.dev), rl-zoo3 (its benchmark.md).
 PUBLISHED = {
     "CartPole-v1": ("490.0 ± 6.1", "497.5 ± 4.0", "500 (100k steps)"),
@@ -48,6 +53,27 @@ PUBLISHED_ATARI = {
     "Pong": ("20.4 ± 0.2", "20.5 ± 0.5", "21.0 ± 0.1"),
     "Breakout": ("414.7 ± 28.1", "406.6 ± 31.6", "398 ± 33"),
     "BeamRider": ("1,916 ± 484", "2,643 ± 670", "3,397 ± 1,662"),
+}
+
+
+BEST_PUBLISHED = {  # the highest of the published PPO scores at about the same number of steps
+    "CartPole-v1": "500 (rl-zoo3)",
+    "Acrobot-v1": "−73.5 (rl-zoo3, 1M)",
+    "MountainCar-v0": "−110.4 (rl-zoo3)",
+    "LunarLander-v3": "242 (rl-zoo3)",
+    "HalfCheetah-v5": "5,819 (rl-zoo3)",
+    "Hopper-v5": "2,609 (Tianshou)",
+    "Walker2d-v5": "3,589 (Tianshou)",
+    "Ant-v4": "3,258 (Tianshou)",
+    "Ant-v5": "",
+    "Swimmer-v5": "282 (rl-zoo3)",
+    "Humanoid-v5": "787 (Tianshou)",
+    "Reacher-v5": "−4.1 (Tianshou)",
+    "InvertedPendulum-v5": "1,000 (Tianshou)",
+    "InvertedDoublePendulum-v5": "9,231 (Tianshou)",
+    "Breakout": "414.7 (CleanRL)",
+    "Pong": "21.0 (rl-zoo3)",
+    "BeamRider": "3,397 (rl-zoo3)",
 }
 
 
@@ -263,28 +289,235 @@ def continuous_defaults():
     return lines
 
 
+def minutes(runs_of_task):
+    """Median minutes that a run took, all of it."""
+    seconds = [column_of(run, "metrics", "seconds").max() for run in runs_of_task]
+    return f"{np.median(seconds) / 60:,.1f}"
+
+
+def results():
+    """One row per task: the headline table of the README."""
+    head = ["task", "script", "steps", "seeds", "score: interquartile mean [95 %]"]
+    head += ["mean ± std", "best published PPO", "minutes"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = [("ppo", label, label, BEST_PUBLISHED[label]) for label in PUBLISHED]
+    rows += [("continuous", label, label, BEST_PUBLISHED[label]) for label in PUBLISHED_CONTINUOUS]
+    rows += [("atari", f"{game}-10M", game, BEST_PUBLISHED[game]) for game in PUBLISHED_ATARI]
+    scripts = {"ppo": "ppo.py", "continuous": "ppo_continuous.py", "atari": "ppo_atari.py"}
+    for study, label, task, published in rows:
+        found = list(runs(study)[label].values())
+        scores = np.array([last_100(run) for run in found])
+        digits = 0 if abs(scores.mean()) >= 500 else 1
+        mean, score = number(scores.mean(), digits), number(iqm(scores), digits)
+        if len(scores) > 2:
+            low, high = interval(scores)
+            score = f"**{score}** [{number(low, digits)}, {number(high, digits)}]"
+        else:
+            score = f"**{score}**{each(scores)}"
+        deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
+        steps = f"{column_of(found[0], 'metrics', 'global_step').max() / 1e6:.1f}M"
+        cells = [task, f"`{scripts[study]}`", steps, str(len(scores)), score]
+        cells += [f"{mean}{deviation}", published, minutes(found)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def overview():
+    """What each script is for, and what one example of it costs and reaches."""
+    lines = ["| file | actions | example | steps | minutes | score | published |"]
+    lines.append("|---" * 7 + "|")
+    for script, actions, study, label, task in (
+        ("ppo.py", "discrete", "ppo", "CartPole-v1", "CartPole-v1"),
+        ("ppo.py", "discrete", "ppo", "LunarLander-v3", "LunarLander-v3"),
+        ("ppo_continuous.py", "continuous", "continuous", "HalfCheetah-v5", "HalfCheetah-v5"),
+        ("ppo_continuous.py", "continuous", "continuous", "Humanoid-v5", "Humanoid-v5"),
+        ("ppo_atari.py", "Atari games", "atari", "Breakout-10M", "Breakout"),
+    ):
+        found = list(runs(study)[label].values())
+        steps = f"{column_of(found[0], 'metrics', 'global_step').max() / 1e6:.1f}M"
+        score = np.mean([last_100(run) for run in found])
+        cells = [f"[`{script}`]({script})", actions, task, steps, minutes(found)]
+        cells += [number(score, 0), BEST_PUBLISHED[task]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def speed_line():
+    """The headline of the speed tables in one sentence."""
+    ratios = []
+    for script in ("ppo", "ppo_continuous", "ppo_atari"):
+        rounds = json.loads((RESULTS / f"speed_{script}.json").read_text())["rounds"]
+        name = f"{script}.py" + " --compile" * (script != "ppo_atari")
+        ratio = np.median([turn[name] / turn["stable-baselines3"] for turn in rounds])
+        ratios.append(f"{ratio:.1f} times (`{name}`)")
+    return [f"Steps per second against stable-baselines3: {', '.join(ratios)}."]
+
+
 TABLES = {
-    "ppo-scores": ppo_scores,
-    "continuous-scores": continuous_scores,
-    "continuous-sb3": continuous_sb3,
-    "continuous-defaults": continuous_defaults,
-    "atari-scores": atari_scores,
-    "atari-bf16": atari_bf16,
-    "ppo-speed": lambda: speed("ppo"),
-    "continuous-speed": lambda: speed("ppo_continuous"),
-    "atari-speed": lambda: speed("ppo_atari"),
+    "README.md": {"overview": overview, "results": results, "speed-line": speed_line},
+    "benchmark/README.md": {
+        "ppo-scores": ppo_scores,
+        "continuous-scores": continuous_scores,
+        "continuous-sb3": continuous_sb3,
+        "continuous-defaults": continuous_defaults,
+        "atari-scores": atari_scores,
+        "atari-bf16": atari_bf16,
+        "ppo-speed": lambda: speed("ppo"),
+        "continuous-speed": lambda: speed("ppo_continuous"),
+        "atari-speed": lambda: speed("ppo_atari"),
+    },
+}
+PARTS = {  # of train: first line, the line after
+    "rollout": ("# 1. Rollout", "# 2. Advantages"),
+    "advantages": ("# 2. Advantages", "# 3. Update"),
+    "update": ("# 3. Update", "if not all(value.isfinite()"),
 }
 
 
-def render(text):
-    """The README with every table made anew between its markers."""
-    for name, table in TABLES.items():
+def lines_of(name, script):
+    """First and last line of a definition or part of a script."""
+    source = (ROOT / script).read_text()
+    if name in PARTS:
+        lines = source.splitlines()
+        start, end = (
+            next(i for i, line in enumerate(lines, 1) if mark in line) for mark in PARTS[name]
+        )
+        return start, end - 1
+    nodes = [n for n in ast.walk(ast.parse(source)) if getattr(n, "name", None) == name]
+    assert nodes, f"{script} has no {name}"
+    return nodes[0].lineno, nodes[0].end_lineno
+
+
+def render(file):
+    """The text of README.md or benchmark/README.md with its tables and line numbers made anew."""
+    text = (ROOT / file).read_text()
+    for name, table in TABLES[file].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        assert re.search(pattern, text, re.S), f"README.md has no markers for {name}"
+        assert re.search(pattern, text, re.S), f"{file} has no markers for {name}"
         block = "\n".join(table())
         replace = lambda found, block=block: f"{found[1]}{block}\n{found[2]}"
         text = re.sub(pattern, replace, text, flags=re.S)
-    return text
+
+    def link(found):
+        first, last = lines_of(found[2], found[4])
+        return f"[{found[1]}{found[2]}{found[3]}]({found[4]}#L{first}-L{last})"
+
+    return re.sub(r"\[(`?)(\w+)(`?)\]\((ppo\w*\.py)(?:#[L\d-]+)?\)", link, text)
+
+
+def explain_clip():
+    """The clipped objective against the ratio, for both signs of the advantage; ε = 0.2."""
+    figure, axes = new_figure(1, 2, (9, 3.6))
+    ratio = np.linspace(0, 2.6, 300)
+    for axis, sign in zip(axes.flat, (1, -1)):
+        clipped = np.minimum(sign * ratio, sign * ratio.clip(0.8, 1.2))
+        axis.plot(ratio, sign * ratio, color=GREY, linestyle=":", label="ρ Â")
+        axis.plot(ratio, clipped, color="C0", linewidth=2.5, label="objective")
+        flat = (1.2, 2.6) if sign > 0 else (0, 0.8)
+        axis.axvspan(*flat, color="C1", alpha=0.2, label="gradient 0")
+        for edge in (0.8, 1.2):
+            axis.axvline(edge, color=GREY, linewidth=0.8)
+        numbers = ("3", "1", "5") if sign > 0 else ("4", "2", "6")
+        for place, text in zip((0.4, 1.0, 1.9), numbers):
+            height = np.interp(place, ratio, clipped) + (0.12 if text != "4" else -0.3)
+            axis.text(place, height, f"case {text}", color=GREY, ha="right")
+        axis.set_xlabel("ratio ρ")
+        axis.set_title(f"Â = {'+' if sign > 0 else '−'}1", color=GREY)
+    axes[0, 0].plot([2.5], [1.2], "o", color="C3", label="worked number, per unit of Â")
+    options = {"loc": "outside upper center", "ncols": 4, "labelcolor": GREY, "frameon": False}
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), **options)
+    axes[0, 0].set_ylim(0, 2.7)
+    axes[0, 1].set_ylim(-2.7, 0.4)
+    save(figure, "clip.svg")
+
+
+def explain_gae():
+    """Weights (1 − λ) λ^(k−1) of the k-step advantages."""
+    figure, axes = new_figure(1, 1, (7, 3.2))
+    steps = np.arange(1, 31)
+    for color, lam in zip(("C0", "C1", "C2", "C3"), (0.5, 0.8, 0.9, 0.95)):
+        weights = (1 - lam) * lam ** (steps - 1)
+        axes[0, 0].plot(steps, weights, ".-", color=color, label=f"λ = {lam}")
+    axes[0, 0].set_xlabel("steps k")
+    axes[0, 0].set_ylabel("weight")
+    axes[0, 0].legend(labelcolor=GREY, frameon=False)
+    save(figure, "gae_weights.svg")
+
+
+HEADLINE = [  # study, label, title
+    ("ppo", "CartPole-v1", "CartPole-v1"),
+    ("ppo", "LunarLander-v3", "LunarLander-v3"),
+    ("continuous", "HalfCheetah-v5", "HalfCheetah-v5"),
+    ("continuous", "Hopper-v5", "Hopper-v5"),
+    ("continuous", "Walker2d-v5", "Walker2d-v5"),
+    ("atari", "Breakout-10M", "Breakout"),
+]
+
+
+def headline():
+    """Six learning curves: thin lines for seeds, a thick one for the interquartile mean."""
+    figure, axes = new_figure(2, 3, (9.5, 5.4))
+    for axis, (study, label, title) in zip(axes.flat, HEADLINE):
+        grid, curves = learning_curves(runs(study)[label])
+        axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.6, alpha=0.5)
+        axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5)
+        published = BEST_PUBLISHED[title].split(" ")[0].replace(",", "")
+        axis.axhline(float(published), color="C1", linestyle="--", linewidth=1.5)
+        axis.set_title(title, color=GREY)
+    for axis in axes[-1]:
+        axis.set_xlabel("million steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return")
+    thick = [("C0", "-", 2.5, "interquartile mean"), ("C0", "-", 0.6, "one seed")]
+    thick.append(("C1", "--", 1.5, "best published PPO"))
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=c, linestyle=s, linewidth=w, label=t) for c, s, w, t in thick]
+    options = {"loc": "outside upper center", "ncols": 3, "labelcolor": GREY, "frameon": False}
+    figure.legend(handles=handles, **options)
+    save(figure, "headline.svg")
+
+
+GREY = "#808080"  # reads well on white and on black
+
+
+def new_figure(rows, columns, size):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "ppo", "font.size": 11, "text.color": GREY})
+    plt.rcParams.update({"axes.edgecolor": GREY, "axes.labelcolor": GREY})
+    plt.rcParams.update({"xtick.color": GREY, "ytick.color": GREY})
+    options = {"figsize": size, "constrained_layout": True, "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **options)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure, name):
+    figure.savefig(RESULTS / name, transparent=True, metadata={"Date": None})
+
+
+def learning_curves(seeds):
+    """Steps (100,) and the mean return of the last 100 episodes at each of them, per seed."""
+    curves = []
+    for run in seeds.values():
+        table = read(run.with_name(f"{run.name}.episodes.csv.gz"))
+        pairs = [[float(row["global_step"]), float(row["episodic_return"])] for row in table]
+        steps, returns = np.array(pairs).T
+        args = json.loads(run.with_name(f"{run.name}.args.json").read_text())
+        grid = np.linspace(0, args["total_timesteps"], 101)[1:]
+        counts = np.searchsorted(steps, grid, side="right")
+        sums = np.concatenate([[0], np.cumsum(returns)])
+        starts = np.maximum(counts - 100, 0)
+        with np.errstate(invalid="ignore"):
+            curves.append((sums[counts] - sums[starts]) / (counts - starts))
+        reached = column_of(run, "metrics", "global_step").max()
+        curves[-1][grid > reached + args["total_timesteps"] / 100] = np.nan  # not there yet
+    return grid, np.array(curves)
 
 
 def figures(study, name, columns):
@@ -300,20 +533,7 @@ def figures(study, name, columns):
     for axis in axes.flat[len(found) :]:
         axis.axis("off")
     for axis, (label, seeds) in zip(axes.flat, found.items()):
-        curves = []
-        for run in seeds.values():
-            steps = column_of(run, "episodes", "global_step")
-            returns = column_of(run, "episodes")
-            total = total_steps(run)
-            grid = np.linspace(0, total, 101)[1:]
-            counts = np.searchsorted(steps, grid, side="right")
-            sums = np.concatenate([[0], np.cumsum(returns)])
-            starts = np.maximum(counts - 100, 0)  # the last 100 episodes at each point
-            with np.errstate(invalid="ignore"):
-                curves.append((sums[counts] - sums[starts]) / (counts - starts))
-            reached = column_of(run, "metrics", "global_step").max()
-            curves[-1][grid > reached + total / 100] = np.nan  # not there yet
-        curves = np.array(curves)
+        grid, curves = learning_curves(seeds)
         axis.plot(grid, iqm(curves, axis=0), color="C0")
         axis.fill_between(grid, curves.min(0), curves.max(0), color="C0", alpha=0.2)
         if published := PUBLISHED_ATARI.get(label.split("-")[0]):
@@ -323,7 +543,7 @@ def figures(study, name, columns):
                 axis.axhline(mean_of(score), label=f"{source}, after 10,000,000", **look)
             axis.legend(fontsize="x-small")
         axis.set_title(f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
-        axis.set_xlim(0, total)
+        axis.set_xlim(0, grid[-1])
         axis.set_xlabel("environment steps")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     for axis in axes[:, 0]:
@@ -332,13 +552,17 @@ def figures(study, name, columns):
 
 
 def main():
-    text = README.read_text()
+    texts = {file: render(file) for file in TABLES}
     if "--check" in sys.argv:
-        differs = "README.md differs from benchmark/results: run benchmark/report.py"
-        sys.exit(differs if render(text) != text else 0)
-    README.write_text(render(text))
+        old = [file for file, text in texts.items() if (ROOT / file).read_text() != text]
+        sys.exit(f"{old} are out of date: run benchmark/report.py" if old else 0)
+    for file, text in texts.items():
+        (ROOT / file).write_text(text)
     for study, columns in (("ppo", 4), ("continuous", 5), ("atari", 2)):
         figures(study, f"{study}.png", columns)
+    explain_clip()
+    explain_gae()
+    headline()
 
 
 if __name__ == "__main__":

@@ -4,17 +4,62 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import report
 
 import ppo
 import ppo_atari
 import ppo_continuous
 
+LABELS = {  # label: the definition, or part of train, that cites it
+    "td": "compute_gae",
+    "gae": "compute_gae",
+    "norm": "normalize_advantages",
+    "ratio": "policy_loss",
+    "clip": "policy_loss",
+    "vf": "value_loss",
+    "vf-clip": "value_loss",
+    "total": "ppo_loss",
+    "valid": "advantages",
+    "obs-norm": "Agent",
+    "rew-norm": "scale_rewards",
+    "kl-ref": "train",
+}
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_every_table_of_results_follows_from_the_raw_data():
-    assert report.render(README.read_text()) == README.read_text()
+@pytest.mark.parametrize("file", report.TABLES)
+def test_tables_and_line_numbers_are_those_of_today(file):
+    assert report.render(file) == (README.parent / file).read_text()
+
+
+@pytest.mark.parametrize("file", report.TABLES)
+def test_every_relative_link_leads_somewhere(file):
+    path = README.parent / file
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    assert len(links) > 5
+    for link in links:
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor and not re.fullmatch(r"L\d+-L\d+", anchor):
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            kept = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert anchor in kept, link
+
+
+def test_labels_stand_at_the_lines_that_the_readme_links_to():
+    """The definition of each label is followed by a link to the lines of code that cite it."""
+    text = README.read_text()
+    for label, name in LABELS.items():
+        place = text.index(f"**({label})**")
+        found = re.compile(rf"\[`?{name}`?\]\((ppo\w*\.py)#L(\d+)-L(\d+)\)").search(text, place)
+        assert found, label
+        script, first, last = found.groups()
+        lines = (README.parent / script).read_text().splitlines()[int(first) - 1 : int(last)]
+        assert f"({label})" in "\n".join(lines), label
 
 
 def test_every_flag_that_the_readme_names_exists():
@@ -61,9 +106,35 @@ def test_the_command_of_the_tests_is_what_ci_runs():
     assert re.search(r"^ruff==[\d.]+$", pins, re.M)
 
 
+def example(part):
+    """The one example in Python that holds this text."""
+    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (code,) = [code for code in found if part in code]
+    return code
+
+
 def test_the_example_of_using_a_trained_agent_runs(tmp_path):
     run_dir = ppo.train(ppo.Args(total_timesteps=512, runs_dir=str(tmp_path)))
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     names = {}
-    exec(example.replace("runs/DIR", str(run_dir)), names)
+    exec(example("load_agent").replace("runs/DIR", str(run_dir)), names)
     assert names["action"].shape == (4,) and set(names["action"]) <= {0, 1}
+
+
+def test_the_example_of_an_environment_is_learned(tmp_path, monkeypatch):
+    (tmp_path / "corridor.py").write_text(example("class Corridor"))
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = {"env_id": "corridor:Corridor-v0", "total_timesteps": 20_480}
+    run_dir = ppo.train(ppo.Args(runs_dir=str(tmp_path), learning_rate=1e-3, **flags))
+    rows = (run_dir / "episodes.csv").read_text().splitlines()
+    assert all(row.split(",")[2] == "10" for row in rows[-3:])  # straight to the end
+
+
+def test_the_example_of_plotting_draws_every_run(tmp_path, monkeypatch):
+    for seed in (1, 2):
+        flags = {"total_timesteps": 5120, "seed": seed, "runs_dir": str(tmp_path / "runs")}
+        ppo.train(ppo.Args(**flags))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example("np.convolve"), names)
+    assert len(names["plt"].gca().lines) == 2 and (tmp_path / "returns.png").stat().st_size > 5000
+    names["plt"].close()
