@@ -342,6 +342,106 @@ def overview():
     return lines
 
 
+def diagnostics():
+    """What the columns of metrics.csv look like in our own runs of seed 1."""
+    columns = ["clipfrac", "approx_kl", "entropy", "explained_variance", "grad_norm"]
+    heads = [f"`{column}`" for column in columns]
+    lines = [f"| run | {' | '.join(heads)} | largest `max_ratio_dev` |", "|---" * 7 + "|"]
+    for study, label in (
+        ("ppo", "CartPole-v1"),
+        ("ppo", "Acrobot-v1"),
+        ("ppo", "LunarLander-v3"),
+        ("continuous", "HalfCheetah-v5"),
+        ("atari", "Breakout-10M"),
+    ):
+        table, cells = read(Path(f"{runs(study)[label][1]}.metrics.csv.gz")), [label]
+        tenth = len(table) // 10
+        for column in columns:
+            means = []
+            for part in (table[:tenth], table[-tenth:]):
+                means.append(np.mean([float(row[column]) for row in part if row[column]]))
+            cells.append(" → ".join(f"{mean:.2g}".replace("-", "−") for mean in means))
+        cells.append(f"{max(float(row['max_ratio_dev']) for row in table):.2g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def rlhf_scores():
+    """The reference's {measure: number} and {β: {measure: numbers of all seeds}}."""
+    folder, found = RESULTS / "rlhf", {}
+    for path in sorted(folder.glob("beta-*.json")):
+        beta = float(path.name.split("-")[1])
+        for measure, value in json.loads(path.read_text()).items():
+            found.setdefault(beta, {}).setdefault(measure, []).append(value)
+    arms = {beta: {m: np.array(v) for m, v in found[beta].items()} for beta in sorted(found)}
+    return json.loads((folder / "reference.json").read_text()), arms
+
+
+def rlhf():
+    reference, arms = rlhf_scores()
+    lines = ["| β | seeds | KL to the reference per episode | proxy return | true return |"]
+    lines.append("|---" * 5 + "|")
+    for beta, arm in arms.items():
+        cells = [f"{beta:g}", str(len(arm["kl"]))]
+        for measure in ("kl", "proxy", "true"):
+            mean, deviation = arm[measure].mean(), arm[measure].std(ddof=1)
+            cells.append(f"{number(mean)} ± {number(deviation)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    cells = [number(reference[measure]) for measure in ("kl", "proxy", "true")]
+    return [*lines, f"| reference | | {' | '.join(cells)} |", "", rlhf_verdict()]
+
+
+def rlhf_verdict():
+    """Applies the rule that rlhf.py states: -1 reversed, 0 not settled, 1 holds, for each part."""
+    reference, arms = rlhf_scores()
+    betas = list(arms)
+
+    def sign(samples, others=None):
+        """Sign of mean(samples) − mean(others), 0 if the 95 % bootstrap interval holds 0."""
+        rng = np.random.default_rng(0)
+        draw = lambda x: rng.choice(x, (10_000, len(x))).mean(1)
+        low, high = np.percentile(
+            draw(samples) - (0 if others is None else draw(others)), [2.5, 97.5]
+        )
+        return int(low > 0) - int(high < 0)
+
+    none = arms[betas[0]]
+    falls = [sign(arms[a]["kl"], arms[b]["kl"]) for a, b in zip(betas, betas[1:])]
+    games = [sign(none["proxy"] - reference["proxy"]), sign(reference["true"] - none["true"])]
+    helps = [sign(arms[beta]["true"], none["true"]) for beta in betas[1:]]
+    parts = [min(falls), min(games), max(helps)]
+    words = {1: "holds", 0: "is not settled by this data", -1: "does not hold"}
+    verdict = "The KL penalty keeps the policy from drifting and from gaming the reward"
+    details = [f"({i}) {words[part]}" for i, part in enumerate(parts, 1)]
+    return (
+        f"*{verdict}*: **{words[min(parts)]}** in this experiment; by part, {', '.join(details)}."
+    )
+
+
+def rlhf_line():
+    return [rlhf_verdict()]
+
+
+def rlhf_figure():
+    """Proxy and true return against the KL to the reference: the frontier of RLHF papers."""
+    reference, arms = rlhf_scores()
+    figure, axes = new_figure(1, 2, (9, 3.6))
+    for axis, measure, color in zip(axes.flat, ("proxy", "true"), ("C1", "C0")):
+        for beta, arm in arms.items():
+            axis.plot(arm["kl"], arm[measure], "o", color=color, alpha=0.4, markersize=4)
+            place = {"xytext": (6, 8), "textcoords": "offset points", "ha": "left"}
+            axis.annotate(f"β = {beta:g}", (arm["kl"].mean(), arm[measure].mean()), **place)
+        kls = [arm["kl"].mean() for arm in arms.values()]
+        axis.plot(kls, [arm[measure].mean() for arm in arms.values()], color=color, linewidth=2)
+        axis.axhline(reference[measure], color=GREY, linestyle=":")
+        axis.set_xscale("log")
+        axis.set_xlim(7, 7000)
+        axis.set_xlabel("KL(π ‖ π_ref) per episode")
+        axis.set_title(f"{measure} return (dotted: the reference)", color=GREY)
+        axis.margins(y=0.15)
+    save(figure, "rlhf.svg")
+
+
 def speed_line():
     """The headline of the speed tables in one sentence."""
     ratios = []
@@ -354,7 +454,13 @@ def speed_line():
 
 
 TABLES = {
-    "README.md": {"overview": overview, "results": results, "speed-line": speed_line},
+    "README.md": {
+        "overview": overview,
+        "diagnostics": diagnostics,
+        "results": results,
+        "speed-line": speed_line,
+        "rlhf": rlhf_line,
+    },
     "benchmark/README.md": {
         "ppo-scores": ppo_scores,
         "continuous-scores": continuous_scores,
@@ -365,6 +471,7 @@ TABLES = {
         "ppo-speed": lambda: speed("ppo"),
         "continuous-speed": lambda: speed("ppo_continuous"),
         "atari-speed": lambda: speed("ppo_atari"),
+        "rlhf": rlhf,
     },
 }
 PARTS = {  # of train: first line, the line after
@@ -418,9 +525,9 @@ def explain_clip():
         for edge in (0.8, 1.2):
             axis.axvline(edge, color=GREY, linewidth=0.8)
         numbers = ("3", "1", "5") if sign > 0 else ("4", "2", "6")
-        for place, text in zip((0.4, 1.0, 1.9), numbers):
+        for place, text in zip((0.4, 1.0, 1.9) if sign > 0 else (0.1, 1.0, 1.7), numbers):
             height = np.interp(place, ratio, clipped) + (0.12 if text != "4" else -0.3)
-            axis.text(place, height, f"case {text}", color=GREY, ha="right")
+            axis.text(place, height, f"case {text}", color=GREY, ha="right" if sign > 0 else "left")
         axis.set_xlabel("ratio ρ")
         axis.set_title(f"Â = {'+' if sign > 0 else '−'}1", color=GREY)
     axes[0, 0].plot([2.5], [1.2], "o", color="C3", label="worked number, per unit of Â")
@@ -563,6 +670,7 @@ def main():
     explain_clip()
     explain_gae()
     headline()
+    rlhf_figure()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +37,7 @@ RUNS = ROOT / "runs" / "rlhf"
 BETAS = [0, 0.1, 0.3, 1, 3]
 SEEDS = range(1, 6)
 BONUS = 2
+ONE_AT_A_TIME = threading.Lock()
 FLAGS = (
     "--num-envs 16 --num-steps 256 --num-minibatches 32 --update-epochs 10 --gamma 0.995".split()
 )
@@ -58,7 +60,8 @@ class ProxyLander(gym.Wrapper):
         return obs, reward + BONUS * float(near_the_pad(obs)), terminated, truncated, info
 
 
-gym.register("ProxyLander-v0", ProxyLander, max_episode_steps=1000)
+if "ProxyLander-v0" not in gym.registry:  # this module is imported again as rlhf
+    gym.register("ProxyLander-v0", ProxyLander, max_episode_steps=1000)
 
 
 @torch.inference_mode()
@@ -89,10 +92,10 @@ def measure(run_dir, reference_dir):
     return dict(zip(("true", "proxy", "kl"), means.round(4).tolist()))
 
 
-def train(*flags):
-    """Runs ppo.py; returns its run directory."""
+def train(name, *flags):
+    """Runs ppo.py, if runs/rlhf/NAME is not there; returns its run directory."""
     paths = os.pathsep.join([str(ROOT / "benchmark"), os.environ.get("PYTHONPATH", "")])
-    folder = RUNS / "-".join(flag.strip("-").replace("/", "_") for flag in flags)[-100:]
+    folder = RUNS / name
     if not list(folder.glob("*/done")):
         command = [sys.executable, str(ROOT / "ppo.py"), *flags, *FLAGS, "--runs-dir", str(folder)]
         if "--dry-run" in sys.argv:
@@ -105,13 +108,15 @@ def train(*flags):
 
 
 def fine_tune(reference, beta, seed):
-    path = RESULTS / f"beta-{beta}-seed-{seed}.json"
+    name = f"beta-{beta}-seed-{seed}"
+    path = RESULTS / f"{name}.json"
     if path.exists():
         return
     flags = ["--env-id", "rlhf:ProxyLander-v0", "--total-timesteps", "300000", "--seed", str(seed)]
-    run_dir = train(*flags, "--reference", str(reference), "--kl-coef", str(beta))
+    run_dir = train(name, *flags, "--reference", str(reference), "--kl-coef", str(beta))
     if "--dry-run" not in sys.argv:
-        path.write_text(json.dumps(measure(run_dir, reference)) + "\n")
+        with ONE_AT_A_TIME:  # torch's random numbers are those of the whole process
+            path.write_text(json.dumps(measure(run_dir, reference)) + "\n")
         print(path.name, path.read_text().strip(), flush=True)
 
 
@@ -119,7 +124,9 @@ def main():
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    reference = train("--env-id", "LunarLander-v3", "--total-timesteps", "300000", "--seed", "1")
+    reference = train(
+        "reference", "--env-id", "LunarLander-v3", "--total-timesteps", "300000", "--seed", "1"
+    )
     if "--dry-run" not in sys.argv:
         (RESULTS / "reference.json").write_text(json.dumps(measure(reference, reference)) + "\n")
         print("reference", (RESULTS / "reference.json").read_text().strip(), flush=True)
