@@ -425,7 +425,7 @@ def train(args):
         logs = []
         for _ in range(args.update_epochs):
             order = torch.randperm(rows, device=device)[fill_up]
-            shuffled = {name: column[order] for name, column in batch.items()}
+            shuffled = {name: column.index_select(0, order) for name, column in batch.items()}
             epoch_kl = 0
             for start in range(0, batch_size, minibatch_size):
                 part = slice(start, start + minibatch_size)
