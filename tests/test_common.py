@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SIZES = {  # at most so many lines, characters, and lines of train
     "ppo.py": (622, 31_900, 160),  # 20 of them for --reference
-    "ppo_continuous.py": (630, 32_300, 154),
+    "ppo_continuous.py": (630, 32_400, 154),
     "ppo_atari.py": (667, 33_500, 161),
 }
 SECTIONS = ["Flags", "Environments", "Agent", "Equations", "Training", "Evaluation", "Runs"]
