@@ -78,29 +78,29 @@ class Args:  # tyro makes each field a flag, its comment the help text
     runs_dir: str = "runs"  # where run directories are created
     save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
     resume: str | None = None  # continue the run in this directory, with its own flags
-    track: bool = False  # log to Weights & Biases, offline if you are not logged in
-    wandb_project_name: str = "ppo"  # project on Weights & Biases
+    track: bool = False  # log to Weights & Biases, project $WANDB_PROJECT; offline if not logged in
     evaluate: str | None = None  # play the agent in this run directory instead of training
     eval_episodes: int = 10  # episodes that --evaluate plays in each environment
     greedy: bool = False  # with --evaluate: the most probable actions, not sampled ones
     capture_video: bool = False  # with --evaluate: film the first environment
 
     def __post_init__(self):
-        rows = self.num_envs * self.num_steps  # of a rollout
         lowest = dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "threads"], 1)
         lowest |= {"save_every": 1, "eval_episodes": 1, "num_steps": 2, "max_episode_frames": 400}
-        is_new_run = self.resume is None and self.evaluate is None
-        lowest["total_timesteps"] = rows * WORLD_SIZE if is_new_run else 1
         highest = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "sticky_actions": 1}
         for name, value in vars(self).items():
             low, high = lowest.get(name, 0), highest.get(name, math.inf)
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
-        uneven = rows % self.num_minibatches > 0 or rows // self.num_minibatches < 2
-        if uneven and is_new_run:
-            problem = f"must divide {rows} steps into equal parts of at least 2"
-            raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
+                name = name.replace("_", "-")
+                raise UsageError(f"--{name} {value}: must be in [{low}, {high}]")
+        rows = self.num_envs * self.num_steps  # of a rollout
+        if self.resume is None and self.evaluate is None:
+            if self.total_timesteps < rows * WORLD_SIZE:
+                problem = f"must be at least one rollout, {rows * WORLD_SIZE}"
+                raise UsageError(f"--total-timesteps {self.total_timesteps}: {problem}")
+            if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
+                problem = f"must divide {rows} steps into equal parts of at least 2"
+                raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch finds no GPU")
         if (self.greedy or self.capture_video) and not self.evaluate:
@@ -210,15 +210,13 @@ class Agent(nn.Module):
             orthogonal(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
         )
-        self.actor = orthogonal(
-            nn.Linear(512, int(action_space.n)), 0.01
-        )  # small: nearly uniform at first
+        self.actor = orthogonal(nn.Linear(512, int(action_space.n)), 0.01)  # nearly uniform
         self.critic = orthogonal(nn.Linear(512, 1), 1.0)
 
     def features(self, obs):
         """Observations (B, 4, 84, 84), uint8 → x (B, 512), float32."""
         x = obs.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
-        x = x.to(torch.bfloat16 if self.bf16 else torch.float32) / 255
+        x = x.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(x).float()
 
@@ -356,8 +354,9 @@ def train(args):
     loss_function = torch.compile(ppo_loss, mode=mode) if args.compile else ppo_loss
     features = torch.compile(agent.features, mode=mode) if args.compile else agent.features
 
-    # The environments use numpy, so a rollout is recorded in numpy arrays.
-    obs = np.zeros((T + 1, N, 84, 84, 4), np.uint8)  # channels last: faster convolutions
+    # Channels last, which makes convolutions faster.
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    # The environments use numpy, so the rest of a rollout is recorded in numpy arrays.
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N), np.float32)
     terminated = np.zeros((T, N), bool)
@@ -384,7 +383,7 @@ def train(args):
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
             envs, first_obs = start_envs(args, iteration)
-            obs[T] = np.moveaxis(first_obs, 1, -1)
+            obs[T] = torch.from_numpy(first_obs).movedim(1, -1)
             score, length = np.zeros(N), np.zeros(N, int)  # of the running games
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
@@ -398,10 +397,10 @@ def train(args):
         # itself off, makes the one in features copy them once per rollout.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
-                x[t] = features(to_tensor(obs[t]).movedim(-1, 1))
+                x[t] = features(obs[t].movedim(-1, 1))
                 actions[t] = agent.act(x[t], noise[t]).cpu().numpy()
                 next_obs, reward, terminated[t], truncated, info = envs.step(actions[t])
-                obs[t + 1] = np.moveaxis(next_obs, 1, -1)
+                obs[t + 1] = torch.from_numpy(next_obs).movedim(1, -1)
                 rewards[t] = np.sign(reward) if args.clip_rewards else reward
                 done[t] = terminated[t] | truncated
                 valid[t] = info["valid"]
@@ -413,7 +412,7 @@ def train(args):
                     score[n] = length[n] = 0
                 score += reward
                 length += ~info["new_game"]
-            x[T] = features(to_tensor(obs[T]).movedim(-1, 1))
+            x[T] = features(obs[T].movedim(-1, 1))
 
         # 2. Advantages. Values and log-probabilities are those of the policy that played: its
         # weights have not changed yet, so both can be computed for all steps at once.
@@ -421,11 +420,11 @@ def train(args):
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         ended, played = to_tensor(done), to_tensor(valid)
-        no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
-        learned = to_tensor(rewards)
-        advantages = compute_gae(learned, values, no_future, ended, args.gamma, args.gae_lambda)
+        final = to_tensor(terminated) if args.bootstrap_truncated else ended
+        scaled = to_tensor(rewards)
+        advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
         batch = {
-            "obs": to_tensor(obs[:-1]),
+            "obs": obs[:-1],
             "actions": to_tensor(actions),
             "old_log_probs": log_probs,
             "old_values": values[:-1],
@@ -443,11 +442,9 @@ def train(args):
         logs = []
         for _ in range(args.update_epochs):
             order = torch.randperm(rows, device=device)[fill_up]
-            shuffled = {name: column.index_select(0, order) for name, column in batch.items()}
             epoch_kl = 0
-            for start in range(0, batch_size, minibatch_size):
-                part = slice(start, start + minibatch_size)
-                minibatch = {name: column[part] for name, column in shuffled.items()}
+            for part in order.split(minibatch_size):
+                minibatch = {name: column.index_select(0, part) for name, column in batch.items()}
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
                 loss.backward()
@@ -469,8 +466,7 @@ def train(args):
 
         if not all(value.isfinite().all() for value in agent.state_dict().values()):
             raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
-        logs = torch.stack(logs)  # (minibatches, logged)
-        largest = dict(zip(logged, logs.amax(0).tolist()))
+        means = torch.stack(logs).mean(0).tolist()  # over all minibatches
         scores = [episode["episodic_return"] for episode in episodes]
         lengths = [episode["episodic_length"] for episode in episodes]
         now = time.perf_counter()
@@ -480,8 +476,7 @@ def train(args):
             "episodes": len(episodes),
             "episodic_return": np.mean(scores) if episodes else None,
             "episodic_length": np.mean(lengths) if episodes else None,
-            **dict(zip(logged, logs.mean(0).tolist())),
-            "max_ratio_dev": largest["max_ratio_dev"],  # instead of the mean
+            **dict(zip(logged, means)),
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "sps": round(steps / (now - iteration_began)),
@@ -533,9 +528,8 @@ def open_run(args, agent, optimizer):
         run_dir = Path(args.resume)
         _, checkpoint = load_run(run_dir)
         if checkpoint["world_size"] != WORLD_SIZE:
-            raise UsageError(
-                f"--resume {run_dir}: use torchrun with {checkpoint['world_size']} processes"
-            )
+            count = checkpoint["world_size"]
+            raise UsageError(f"--resume {run_dir}: use torchrun with {count} processes")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         for name, size in checkpoint["sizes"].items():  # later rows will be written again
@@ -549,7 +543,7 @@ def open_run(args, agent, optimizer):
         run_dir.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=2))
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     for name in LOGS:
         (run_dir / name).touch()
     return run_dir, 0, 0.0
@@ -561,8 +555,8 @@ def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
         return
     sizes = {name: (run_dir / name).stat().st_size for name in LOGS}
     checkpoint = {"iteration": iteration, "seconds": seconds, "sizes": sizes}
-    checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint |= {"world_size": WORLD_SIZE}
+    checkpoint |= {"world_size": WORLD_SIZE, "agent": agent.state_dict()}
+    checkpoint["optimizer"] = optimizer.state_dict()
     torch.save(checkpoint, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
@@ -571,8 +565,6 @@ def load_run(run_dir):
     """The Args and the checkpoint of a run; raises UsageError if they cannot be read."""
     try:
         flags = json.loads(Path(run_dir, "args.json").read_text())
-        if flags.pop("script") != SCRIPT:
-            raise ValueError("another script made it")
         flags["device"] = flags["device"].replace("cuda", "auto")  # there may be no GPU here
         return Args(**flags), torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
@@ -605,9 +597,8 @@ class Logger:
 
             fallback = "online" if wandb.login(prompt=False) else "offline"  # no credentials
             mode = os.environ.get("WANDB_MODE", fallback)
-            names = {"project": args.wandb_project_name, "name": run_dir.name, "id": run_dir.name}
-            options = {"mode": mode, "dir": run_dir, "config": vars(args)}
-            self.wandb = wandb.init(**names, **options, resume="allow")  # continues the same id
+            run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
+            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
 
     def log(self, metrics, episodes):
         for name, rows in zip(LOGS, ([metrics], episodes)):
@@ -625,7 +616,7 @@ class Logger:
 
 # ---------- Command line ----------
 # Flags that may differ from the run's, with --resume or --evaluate:
-MAY_DIFFER = {"resume", "evaluate", "device", "threads", "track", "wandb_project_name"}
+MAY_DIFFER = {"resume", "evaluate", "device", "threads", "track"}
 MAY_DIFFER_IN_EVALUATION = {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
 
 

@@ -64,34 +64,34 @@ class Args:  # tyro makes each field a flag, its comment the help text
     recompute_advantages: bool = True  # before each epoch, with the critic of that moment
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
-    threads: int | None = 1  # CPU threads of torch in training; None: torch decides
+    threads: int = 1  # CPU threads of torch in training
     compile: bool = False  # compile the loss with torch.compile: slow to start, then faster
     runs_dir: str = "runs"  # where run directories are created
     save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
     resume: str | None = None  # continue the run in this directory, with its own flags
-    track: bool = False  # log to Weights & Biases, offline if you are not logged in
-    wandb_project_name: str = "ppo"  # project on Weights & Biases
+    track: bool = False  # log to Weights & Biases, project $WANDB_PROJECT; offline if not logged in
     evaluate: str | None = None  # play the agent in this run directory instead of training
     eval_episodes: int = 10  # episodes that --evaluate plays in each environment
     greedy: bool = False  # with --evaluate: the most probable actions, not sampled ones
     capture_video: bool = False  # with --evaluate: film the first environment
 
     def __post_init__(self):
-        rows = self.num_envs * self.num_steps  # of a rollout
         lowest = dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "threads"], 1)
         lowest |= {"save_every": 1, "eval_episodes": 1, "num_steps": 2, "initial_log_std": -10}
-        is_new_run = self.resume is None and self.evaluate is None
-        lowest["total_timesteps"] = rows if is_new_run else 1
         highest = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "initial_log_std": 10}
         for name, value in vars(self).items():
             low, high = lowest.get(name, 0), highest.get(name, math.inf)
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
-        uneven = rows % self.num_minibatches > 0 or rows // self.num_minibatches < 2
-        if uneven and is_new_run:
-            problem = f"must divide {rows} steps into equal parts of at least 2"
-            raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
+                name = name.replace("_", "-")
+                raise UsageError(f"--{name} {value}: must be in [{low}, {high}]")
+        rows = self.num_envs * self.num_steps  # of a rollout
+        if self.resume is None and self.evaluate is None:
+            if self.total_timesteps < rows:
+                problem = f"must be at least one rollout, {rows}"
+                raise UsageError(f"--total-timesteps {self.total_timesteps}: {problem}")
+            if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
+                problem = f"must divide {rows} steps into equal parts of at least 2"
+                raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: torch finds no GPU")
         if (self.greedy or self.capture_video) and not self.evaluate:
@@ -330,8 +330,7 @@ def train(args):
     iterations = args.total_timesteps // batch_size
 
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # for the initial weights
     envs = make_envs(args)  # for their spaces; training starts with new ones
     spaces = envs.single_observation_space, envs.single_action_space
@@ -402,8 +401,8 @@ def train(args):
         if args.norm_reward:
             stats = agent.return_stats
             scaled, running_sum = scale_rewards(scaled, resets, stats, args.gamma, running_sum)
-        no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
-        advantages = compute_gae(scaled, values, no_future, ended, args.gamma, args.gae_lambda)
+        final = to_tensor(terminated) if args.bootstrap_truncated else ended
+        advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
         batch = {
             "x": x[:-1],
             "actions": to_tensor(actions),
@@ -425,18 +424,14 @@ def train(args):
             if epoch > 0 and args.recompute_advantages:
                 with torch.no_grad():
                     values = agent.value(x)
-                advantages = compute_gae(
-                    scaled, values, no_future, ended, args.gamma, args.gae_lambda
-                )
+                advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
                 batch["old_values"] = values[:-1][~resets]
                 batch["advantages"] = advantages[~resets]
                 batch["returns"] = (advantages + values[:-1])[~resets]
             order = torch.randperm(rows, device=device)[fill_up]
-            shuffled = {name: column.index_select(0, order) for name, column in batch.items()}
             epoch_kl = 0
-            for start in range(0, batch_size, minibatch_size):
-                part = slice(start, start + minibatch_size)
-                minibatch = {name: column[part] for name, column in shuffled.items()}
+            for part in order.split(minibatch_size):
+                minibatch = {name: column.index_select(0, part) for name, column in batch.items()}
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
                 loss.backward()
@@ -454,8 +449,7 @@ def train(args):
 
         if not all(value.isfinite().all() for value in agent.state_dict().values()):
             raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
-        logs = torch.stack(logs)  # (minibatches, logged)
-        largest = dict(zip(logged, logs.amax(0).tolist()))
+        means = torch.stack(logs).mean(0).tolist()  # over all minibatches
         scores = [episode["episodic_return"] for episode in episodes]
         lengths = [episode["episodic_length"] for episode in episodes]
         now = time.perf_counter()
@@ -465,8 +459,7 @@ def train(args):
             "episodes": len(episodes),
             "episodic_return": np.mean(scores) if episodes else None,
             "episodic_length": np.mean(lengths) if episodes else None,
-            **dict(zip(logged, logs.mean(0).tolist())),
-            "max_ratio_dev": largest["max_ratio_dev"],  # instead of the mean
+            **dict(zip(logged, means)),
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "sps": round(batch_size / (now - iteration_began)),
@@ -514,7 +507,7 @@ def open_run(args, agent, optimizer):
         run_dir.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT, **vars(args)}, indent=2))
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     for name in LOGS:
         (run_dir / name).touch()
     return run_dir, 0, 0.0
@@ -533,8 +526,6 @@ def load_run(run_dir):
     """The Args and the checkpoint of a run; raises UsageError if they cannot be read."""
     try:
         flags = json.loads(Path(run_dir, "args.json").read_text())
-        if flags.pop("script") != SCRIPT:
-            raise ValueError("another script made it")
         flags["device"] = flags["device"].replace("cuda", "auto")  # there may be no GPU here
         return Args(**flags), torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
@@ -568,9 +559,8 @@ class Logger:
 
             fallback = "online" if wandb.login(prompt=False) else "offline"  # no credentials
             mode = os.environ.get("WANDB_MODE", fallback)
-            names = {"project": args.wandb_project_name, "name": run_dir.name, "id": run_dir.name}
-            options = {"mode": mode, "dir": run_dir, "config": vars(args)}
-            self.wandb = wandb.init(**names, **options, resume="allow")  # continues the same id
+            run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
+            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
 
     def log(self, metrics, episodes):
         for name, rows in zip(LOGS, ([metrics], episodes)):
@@ -588,7 +578,7 @@ class Logger:
 
 # ---------- Command line ----------
 # Flags that may differ from the run's, with --resume or --evaluate:
-MAY_DIFFER = {"resume", "evaluate", "device", "threads", "track", "wandb_project_name"}
+MAY_DIFFER = {"resume", "evaluate", "device", "threads", "track"}
 MAY_DIFFER_IN_EVALUATION = {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
 
 

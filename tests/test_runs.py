@@ -123,11 +123,11 @@ def fake_wandb(monkeypatch):
 @pytest.mark.parametrize("credentials", [True, False])
 def test_rows_of_metrics_are_tracked(call, tmp_path, fake_wandb, credentials):
     fake_wandb.credentials = credentials
-    assert call(*STUB, "--track", "--wandb-project-name", "mine")[0] == 0
+    assert call(*STUB, "--track")[0] == 0
     run_dir = only_run(tmp_path)
     (settings,) = fake_wandb.started
     assert settings["mode"] == ("online" if credentials else "offline")
-    assert settings["name"] == settings["id"] == run_dir.name and settings["project"] == "mine"
+    assert settings["name"] == settings["id"] == run_dir.name
     assert settings["config"]["num_steps"] == 16
     steps, tracked = zip(*fake_wandb.tracked)
     as_text = lambda row: {key: "" if value is None else str(value) for key, value in row.items()}
