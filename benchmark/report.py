@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from studies import CANDIDATES, FORMER_CANDIDATES, SELECTION_TASKS
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -287,6 +288,66 @@ def continuous_defaults():
         kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in without_limit])
         lines.append(f"| {' | '.join(cells)} | {number(kl, 3)} |")
     return lines
+
+
+def summaries(study):
+    """{label: {seed: summary}} of a study that keeps no episodes."""
+    found = {}
+    for path in sorted((RESULTS / study).glob("*.json")):
+        label, seed = path.name.removesuffix(".json").rsplit("-", 1)
+        found.setdefault(label, {})[int(seed)] = json.loads(path.read_text())
+    return found
+
+
+def selection_scores():
+    """{candidate: {task: scores of seeds 1 to 5}}; today's defaults come first."""
+    scores, found = {}, summaries("selection")
+    for candidate, (study, label) in FORMER_CANDIDATES.items():
+        former = {task: runs(study).get(label.format(task=task), {}) for task in SELECTION_TASKS}
+        scores[candidate] = {
+            task: [last_100(run) for seed, run in sorted(seeds.items()) if seed <= 5]
+            for task, seeds in former.items()
+        }
+    for candidate in CANDIDATES:
+        seeds = {task: found.get(f"{task}-{candidate}", {}) for task in SELECTION_TASKS}
+        scores[candidate] = {
+            task: [runs_of_task[seed]["score"] for seed in sorted(runs_of_task)]
+            for task, runs_of_task in seeds.items()
+        }
+    return scores
+
+
+def selection():
+    """Applies SELECTION_RULE of studies.py."""
+    scores = selection_scores()
+    today = next(iter(scores))
+    ratios = {}
+    lines = [f"| task | {' | '.join(f'`{name}`' for name in scores)} |"]
+    lines.append("|---" * (len(scores) + 1) + "|")
+    for task in SELECTION_TASKS:
+        best, cells = mean_of(BEST_PUBLISHED[task]), [task]
+        for candidate, of_task in scores.items():
+            seeds = of_task[task]
+            if not seeds:
+                cells.append("")
+                continue
+            mean = np.mean(seeds)
+            ratio = mean / best if best > 0 else best / mean
+            ratios.setdefault(candidate, {})[task] = ratio
+            digits = 1 if abs(mean) < 500 else 0
+            cells.append(f"{number(mean, digits)} ({len(seeds)}): {ratio:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    verdicts = []
+    for candidate, of_task in ratios.items():
+        bad = [task for task in of_task if of_task[task] < 0.85 * ratios[today][task]]
+        if bad:
+            verdicts.append(f"excluded ({', '.join(bad)})")
+        elif len(of_task) < len(SELECTION_TASKS) or min(map(len, scores[candidate].values())) < 4:
+            verdicts.append("unfinished")
+        else:
+            verdicts.append(f"**{np.mean(list(of_task.values())):.3f}**")
+    verdicts += [""] * (len(scores) - len(verdicts))
+    return [*lines, f"| mean ratio | {' | '.join(verdicts)} |"]
 
 
 def minutes(runs_of_task):

@@ -1,6 +1,7 @@
 """Trains ppo_continuous.py, for run.py, and evaluates the policy ten times on the way.
 
-    python benchmark/train_and_evaluate.py --env-id Hopper-v5      # the flags of ppo_continuous.py
+    python benchmark/train_and_evaluate.py --env-id Hopper-v5    # the flags of ppo_continuous.py
+    python benchmark/train_and_evaluate.py --resume runs/DIR     # continue an interrupted run
 
 Adds to the run directory evaluations.csv, ten episodes of the sampled policy after every tenth of
 the iterations, and reloaded.csv, twenty episodes that --evaluate played from the finished
@@ -31,10 +32,13 @@ def write(path, header, rows):
 
 def main():
     args = tyro.cli(ppo_continuous.Args)
+    if args.resume is not None:
+        saved, _ = ppo_continuous.load_run(args.resume)
+        args = replace(saved, resume=args.resume)
     batch_size = args.num_envs * args.num_steps
     iterations = args.total_timesteps // batch_size
     milestones = {iterations * tenth // 10 * batch_size for tenth in range(1, 11)}
-    agents, evaluations = [], []
+    agents = []
     flat_parameters, log = ppo_continuous.flat_parameters, ppo_continuous.Logger.log
 
     def keep_agent(agent):
@@ -45,14 +49,22 @@ def main():
         log(logger, metrics, episodes)
         step = metrics["global_step"]
         if step in milestones:
-            ten = replace(args, num_envs=10, eval_episodes=1, evaluate=str(logger.run_dir))
+            ten = replace(
+                args, num_envs=10, eval_episodes=1, resume=None, evaluate="during training"
+            )
             with torch.random.fork_rng():
                 returns = ppo_continuous.evaluate(copy.deepcopy(agents[0]).cpu(), ten)
-            evaluations.extend((step, score) for score in returns.flatten().tolist())
+            path = logger.run_dir / "evaluations" / f"{step:09}.csv"
+            path.parent.mkdir(exist_ok=True)
+            write(path, (), ((step, score) for score in returns.flatten().tolist()))
 
     ppo_continuous.flat_parameters = keep_agent
     ppo_continuous.Logger.log = log_and_evaluate
     run_dir = ppo_continuous.train(args)
+    evaluations = []
+    for path in sorted((run_dir / "evaluations").iterdir()):  # those before a --resume, too
+        with open(path) as file:
+            evaluations += [row for row in csv.reader(file) if row]
     write(run_dir / "evaluations.csv", ("global_step", "episodic_return"), evaluations)
 
     command = [sys.executable, ROOT / "ppo_continuous.py", "--evaluate", run_dir]

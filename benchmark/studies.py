@@ -1,0 +1,164 @@
+"""What run.py runs: the studies, each a list of runs, and what they are to decide.
+
+Rules of choice and of verdicts stand here and are committed before the first run that they judge.
+
+ppo                  the classic tasks of ppo.py
+continuous           MuJoCo, with the default flags of ppo_continuous.py
+continuous-sb3       stable-baselines3's PPO on three of its tasks, with its and rl-zoo3's flags
+atari                Pong, Breakout, BeamRider: ppo_atari.py's defaults but for the steps; hours
+atari-bf16           whether bfloat16 harms learning: 500,000 steps of Breakout with and without
+continuous-defaults  first comparison of flags for ppo_continuous.py, with the former scripts
+selection            which defaults ppo_continuous.py gets, seeds 1 to 5 (SELECTION_RULE)
+diagnostics          a healthy run of LunarLander beside one with ten times the learning rate
+"""
+
+from dataclasses import dataclass
+
+CLASSIC = (
+    "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 32 "
+    "--update-epochs 10 --norm-obs --norm-reward "
+)
+MOUNTAIN_CAR = CLASSIC + "--gae-lambda 0.98 --ent-coef 0"
+LUNAR_LANDER = CLASSIC + "--gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003"
+LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
+MUJOCO = "HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Swimmer-v5 Humanoid-v5 Reacher-v5".split()
+MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
+NO_ADV = "--no-norm-adv --vf-coef 0.25"
+FORMER_VARIANTS = {  # on three tasks, three seeds
+    "8x256-clip-vloss": "--num-envs 8 --num-steps 256 --target-kl None --clip-vloss",
+    "16x128-clip-vloss": "--num-envs 16 --num-steps 128 --target-kl None --clip-vloss",
+    "32x64-clip-vloss": "--num-envs 32 --num-steps 64 --target-kl None --clip-vloss",
+    "64x32-clip-vloss": "--num-envs 64 --num-steps 32 --target-kl None --clip-vloss",
+    "8x256-no-norm-adv": f"--num-envs 8 --num-steps 256 --target-kl None {NO_ADV}",
+}
+FORMER_VARIANTS_ON_ALL = {  # the same, on all tasks
+    "16x128": "--num-envs 16 --num-steps 128 --target-kl None",
+    "64x32": "--num-envs 64 --num-steps 32 --target-kl None --compile",
+    "64x32-target-kl": "--num-envs 64 --num-steps 32 --target-kl 0.02 --compile",
+}
+
+SELECTION_RULE = """
+Candidates: today's defaults (16 environments x 128 steps), 32 x 64, 64 x 32, and a critic with 256
+units a layer, alone and with 32 x 64; all with the KL limit of 0.02. Seeds 1 to 5, 1,000,000 steps,
+the nine tasks for which PPO scores are published. The score of a task is the mean over seeds of the
+mean return of a run's last 100 training episodes. Its ratio is score / best published score; where
+scores are negative (Reacher), best published / score.
+
+A candidate whose score on any task is more than 15 % worse than that of today's defaults (ratio
+below 0.85 of theirs) is excluded. Its remaining runs may then be left out. Of those left, today's
+defaults among them, the one with the highest mean ratio over all nine tasks becomes the default.
+Runs of the former scripts, the same algorithm, serve for today's defaults and, where there are at
+least four seeds, for 64 x 32. Nothing is changed after a run with seed 6 or higher.
+"""
+SELECTION_TASKS = "Hopper-v5 Swimmer-v5 Walker2d-v5 HalfCheetah-v5 Reacher-v5".split()
+SELECTION_TASKS += ["InvertedDoublePendulum-v5", "Ant-v4", "InvertedPendulum-v5", "Humanoid-v5"]
+WIDE_CRITIC = (  # replaced in ppo_continuous.py: a critic with 256 units a layer
+    ("def mlp(inputs, outputs, output_gain):", "def mlp(inputs, outputs, output_gain, units=64):"),
+    ("sizes = [inputs, 64, 64, outputs]", "sizes = [inputs, units, units, outputs]"),
+    ("mlp(observation_space.shape[0], 1, 1.0)", "mlp(observation_space.shape[0], 1, 1.0, 256)"),
+)
+CANDIDATES = {  # label: flags, replacements in the source
+    "32x64": ("--num-envs 32 --num-steps 64", ()),
+    "critic-256": ("", WIDE_CRITIC),
+    "critic-256-32x64": ("--num-envs 32 --num-steps 64", WIDE_CRITIC),
+}
+FORMER_CANDIDATES = {  # label: study and label of the former scripts' runs
+    "16x128": ("continuous", "{task}"),
+    "64x32": ("continuous-defaults", "{task}-64x32-target-kl"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: `script` with `flags`, after replacing each (old, new) in its source."""
+
+    study: str
+    label: str
+    seed: int
+    script: str
+    env_id: str
+    flags: str = ""
+    edits: tuple = ()
+    keeps_episodes: bool = False  # else only a summary of at most 10 kB
+
+    @property
+    def name(self):
+        return f"{self.label}-{self.seed}"
+
+
+def seeds_first(study, script, configurations, keeps_episodes=True):
+    """Runs of (label, environment, flags, number of seeds): the first seed of every task first."""
+    most = max(seeds for *_, seeds in configurations)
+    return [
+        Run(study, label, seed, script, env_id, flags, keeps_episodes=keeps_episodes)
+        for seed in range(1, 1 + most)
+        for label, env_id, flags, seeds in configurations
+        if seed <= seeds
+    ]
+
+
+def selection():
+    script = "ppo_continuous.py"
+    return [
+        Run("selection", f"{task}-{label}", seed, script, task, f"--compile {flags}", edits)
+        for task in SELECTION_TASKS
+        for label, (flags, edits) in CANDIDATES.items()
+        for seed in range(1, 6)
+    ]
+
+
+def diagnostics():
+    too_fast = LUNAR_LANDER.replace("--learning-rate 3e-4", "--learning-rate 3e-3")
+    return [
+        Run("diagnostics", label, seed, "ppo.py", "LunarLander-v3", flags)
+        for seed in (1, 2, 3)
+        for label, flags in (("healthy", LUNAR_LANDER), ("learning-rate-x10", too_fast))
+    ]
+
+
+PPO = [
+    ("CartPole-v1", "CartPole-v1", "", 10),
+    ("Acrobot-v1", "Acrobot-v1", "", 5),
+    ("MountainCar-v0", "MountainCar-v0", MOUNTAIN_CAR, 3),
+    ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, 3),
+]
+CONTINUOUS_SB3 = [
+    (f"{env}-{label}", env, flags, 3)
+    for label, flags in (("default", ""), ("tuned", "--tuned"))
+    for env in LOCOMOTION
+]
+CONTINUOUS_DEFAULTS = [
+    (f"{env}-{name}", env, flags, seeds)
+    for variants, envs, seeds in (
+        (FORMER_VARIANTS, LOCOMOTION, 3),
+        (FORMER_VARIANTS_ON_ALL, MUJOCO, 5),
+    )
+    for name, flags in variants.items()
+    for env in envs
+]
+ATARI = [
+    ("Pong-3M", "Pong", "--total-timesteps 3000000", 1),
+    ("Pong-4M", "Pong", "--total-timesteps 4000000", 1),
+    ("Pong-5M", "Pong", "--total-timesteps 5000000", 1),
+    ("Pong-10M", "Pong", "", 1),
+    ("Breakout-10M", "Breakout", "", 2),
+    ("BeamRider-6M", "BeamRider", "--total-timesteps 6000000", 1),
+    ("BeamRider-10M", "BeamRider", "", 1),
+]
+ATARI_BF16 = [
+    (f"Breakout-{bf16}", "Breakout", f"--total-timesteps 500000 --bf16 {bf16}", 3)
+    for bf16 in ("on", "off")
+]
+EVALUATED = "benchmark/train_and_evaluate.py"  # ppo_continuous.py, evaluated on the way
+STUDIES = {
+    "ppo": seeds_first("ppo", "ppo.py", PPO),
+    "continuous": seeds_first(
+        "continuous", EVALUATED, [(task, task, "--compile", 5) for task in MUJOCO]
+    ),
+    "continuous-sb3": seeds_first("continuous-sb3", "benchmark/sb3.py", CONTINUOUS_SB3),
+    "continuous-defaults": seeds_first("continuous-defaults", EVALUATED, CONTINUOUS_DEFAULTS),
+    "atari": seeds_first("atari", "ppo_atari.py", ATARI),
+    "atari-bf16": seeds_first("atari-bf16", "ppo_atari.py", ATARI_BF16),
+    "selection": selection(),
+    "diagnostics": diagnostics(),
+}
