@@ -34,15 +34,16 @@ def bandit_policy(run_dir):
 
 
 def test_drift_is_taken_off_the_rewards(tmp_path, monkeypatch):
-    """π_old(a|s) = 0.5, π_ref(a|s) = 0.2, β = 2: the reward becomes r − 2 log 2.5, also when the
-    policy of the update, π_θ, has changed since."""
+    """π_old(a|s) = 0.5, π_ref(a|s) = 0.2, β = 2: the reward becomes r − 2 log 2.5, whatever π_θ is
+    during the update; here 0.3."""
     learned, original = [], ppo.compute_gae
     monkeypatch.setattr(ppo, "compute_gae", lambda *x: learned.append(x[0]) or original(*x))
-    logs = {"old": math.log(0.5), "reference": math.log(0.2)}
+    logs = {"old": math.log(0.5), "update": math.log(0.3), "reference": math.log(0.2)}
 
     def evaluate_actions(agent, x, action):
         frozen = not any(parameter.requires_grad for parameter in agent.parameters())
-        log_probs = torch.full(action.shape, logs["reference" if frozen else "old"])
+        policy = "update" if torch.is_grad_enabled() else "old"
+        log_probs = torch.full(action.shape, logs["reference" if frozen else policy])
         return log_probs + 0 * agent.value(x), 0 * agent.value(x)
 
     monkeypatch.setattr(ppo.Agent, "evaluate_actions", evaluate_actions)
