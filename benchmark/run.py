@@ -118,6 +118,7 @@ def summary(run, run_dir):
         rows = list(csv.DictReader(file))
     steps = np.array([int(row["global_step"]) for row in rows])
     returns = np.array([float(row["episodic_return"]) for row in rows])
+    lengths = [int(row["episodic_length"]) for row in rows]
     with open(run_dir / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     total = int(rows[-1]["global_step"])
@@ -138,6 +139,8 @@ def summary(run, run_dir):
         "mean_return": rounded(np.mean([point for point in curve if point is not None])),
         "steps": total,
         "minutes": rounded(float(rows[-1]["seconds"]) / 60, 3),
+        "last_returns": [rounded(score, 4) for score in returns[-100:]],
+        "last_lengths": lengths[-100:],
         "curve": curve,
         "metrics": metrics,
     }

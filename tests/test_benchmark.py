@@ -1,0 +1,131 @@
+"""The runner of the studies: replacements in the source, summaries, interrupted and failed runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ppo
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmark"))
+
+import run as runner  # noqa: E402 (the line above finds it)
+import studies  # noqa: E402
+
+EDITED = {run.edits: run for runs in studies.STUDIES.values() for run in runs if run.edits}
+FLAGS = "--num-envs 4 --num-steps 32 --num-minibatches 2 --total-timesteps 1280 --save-every 2"
+SMALL = studies.Run("study", "CartPole", 1, "ppo.py", "CartPole-v1", FLAGS)
+
+
+@pytest.mark.parametrize("run", EDITED.values(), ids=lambda run: run.label)
+def test_replacements_fit_todays_scripts(tmp_path, run):
+    text = runner.edited_script(run, tmp_path).read_text()
+    compile(text, run.script, "exec")
+    assert all(text.count(new) == 1 for _, new in run.edits)
+
+
+@pytest.mark.parametrize("old", ["no such line", "import"])
+def test_a_replacement_must_fit_exactly_once(tmp_path, old):
+    run = studies.Run("study", "x", 1, "ppo.py", "CartPole-v1", edits=((old, "new"),))
+    with pytest.raises(ValueError, match="not once"):
+        runner.edited_script(run, tmp_path)
+
+
+def edited_module(tmp_path, edits):
+    run = studies.Run("study", "x", 1, "ppo_continuous.py", "Pendulum-v1", edits=edits)
+    names = {"__name__": "edited"}
+    sys.modules["edited"] = type(sys)("edited")  # where dataclasses look
+    exec(compile(runner.edited_script(run, tmp_path).read_text(), "edited", "exec"), names)
+    return names
+
+
+def test_the_wide_critic_has_256_units(tmp_path):
+    names = edited_module(tmp_path, studies.WIDE_CRITIC)
+    args = names["Args"](env_id="Pendulum-v1")
+    envs = names["make_envs"](args)
+    agent = names["Agent"](envs.single_observation_space, envs.single_action_space, True, 0, True)
+    assert [layer.out_features for layer in agent.critic[::2]] == [256, 256, 1]
+    assert [layer.out_features for layer in agent.actor[::2]] == [64, 64, 1]
+
+
+def test_the_deviation_of_actions_stays_above_its_floor(tmp_path):
+    names = edited_module(tmp_path, (studies.SIGMA_FLOOR,))
+    flags = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 32}
+    args = names["Args"](
+        env_id="Pendulum-v1", initial_log_std=-5, runs_dir=str(tmp_path / "runs"), **flags
+    )
+    state = torch.load(names["train"](args) / "checkpoint.pt")["agent"]
+    assert state["log_std"].min().item() == pytest.approx(-2, abs=0.01)
+
+
+def test_advantages_are_divided_by_no_less_than_their_running_deviation(tmp_path):
+    names = edited_module(tmp_path, studies.ADVANTAGE_FLOOR)
+    small = torch.tensor([0.1, -0.1])
+    assert torch.equal(names["normalize_advantages"](small), small)  # divided by 1, not by 0.14
+    large = torch.tensor([10.0, -10.0])
+    torch.testing.assert_close(
+        names["normalize_advantages"](large), ppo.normalize_advantages(large)
+    )
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+def test_a_summary_holds_what_the_tables_need(tmp_path, results):
+    run_dir = ppo.train(ppo.Args(total_timesteps=10_240, gamma=0.9, runs_dir=str(tmp_path)))
+    kept = runner.summary(SMALL, run_dir)
+    episodes = np.genfromtxt(run_dir / "episodes.csv", delimiter=",", names=True)
+    assert kept["score"] == pytest.approx(episodes["episodic_return"][-100:].mean(), rel=1e-4)
+    assert kept["last_lengths"] == episodes["episodic_length"][-100:].astype(int).tolist()
+    last_part = episodes["global_step"] > 10_240 * 199 / 200
+    if last_part.any():
+        mean = episodes["episodic_return"][last_part].mean()
+        assert kept["curve"][-1] == pytest.approx(mean, rel=1e-4)
+    assert len(kept["curve"]) == 200 and kept["flags"] == {"total_timesteps": 10_240, "gamma": 0.9}
+    losses = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)["value_loss"]
+    halves = [part for part in kept["metrics"]["value_loss"] if part is not None]
+    assert halves == pytest.approx(losses.tolist(), rel=1e-3)  # 20 iterations: no means
+    assert len(json.dumps(kept)) < 10_000
+
+
+def test_an_interrupted_run_is_continued(tmp_path, results, monkeypatch):
+    log, whole = ppo.Logger.log, runner.train(SMALL, tmp_path / "whole", resume=False)
+
+    def interrupted_log(logger, metrics, episodes):
+        if metrics["iteration"] == 6:
+            raise KeyboardInterrupt
+        log(logger, metrics, episodes)
+
+    monkeypatch.setattr(ppo.Logger, "log", interrupted_log)
+    runs_dir = tmp_path / "part/study/CartPole-1/runs"
+    sizes = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "total_timesteps": 1280}
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(ppo.Args(**sizes, save_every=2, runs_dir=str(runs_dir)))
+    (interrupted,) = runs_dir.iterdir()
+    assert runner.train(SMALL, tmp_path / "part", resume=True) == interrupted
+    texts = [(run_dir / "episodes.csv").read_text() for run_dir in (whole, interrupted)]
+    assert texts[0] == texts[1]
+
+
+def test_a_failed_run_is_reported_and_the_others_are_done(tmp_path, results, monkeypatch, capfd):
+    bad = studies.Run("study", "bad", 1, "ppo.py", "NoSuchGame-v0", FLAGS)
+    monkeypatch.setitem(runner.STUDIES, "study", [bad, SMALL])
+    argv = ["run.py", "study", "--jobs", "1", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="failed: bad-1"):
+        runner.main()
+    output = capfd.readouterr().out
+    assert "[1/2, 1 failed;" in output and "NoSuchGame" in output
+    assert "CartPole-1: done" in output
+    assert [path.name for path in (results / "study").iterdir()] == ["CartPole-1.json"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--dry-run"])
+    runner.main()  # only the one that failed is left
+    expected = "python benchmark/run.py study --jobs 1 --resume --only bad-1\n"
+    assert capfd.readouterr().out == expected
