@@ -358,9 +358,10 @@ def train(args):
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     # The environments use numpy, so the rest of a rollout is recorded in numpy arrays.
     actions = np.zeros((T, N), np.int64)
-    rewards = np.zeros((T, N), np.float32)
+    rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
     done = np.zeros((T, N), bool)
+    new_game = np.zeros((T, N), bool)
     valid = np.zeros((T, N), bool)
     x = torch.zeros((T + 1, N, 512), device=device)  # features, kept for the values in part 2
     to_tensor = lambda array: torch.from_numpy(array).to(device)
@@ -384,7 +385,8 @@ def train(args):
             envs.close()
             envs, first_obs = start_envs(args, iteration)
             obs[T] = torch.from_numpy(first_obs).movedim(1, -1)
-            score, length = np.zeros(N), np.zeros(N, int)  # of the running games
+            if RANK == 0:
+                logger.start_episodes(N)
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -392,26 +394,16 @@ def train(args):
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0] = obs[T]  # continue where the last rollout ended
         noise = agent.noise(T, N)  # for all steps at once, which is faster
-        episodes = []
         # Autocast forgets the bfloat16 copies of the weights when the outermost one ends. This one,
         # itself off, makes the one in features copy them once per rollout.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t].movedim(-1, 1))
                 actions[t] = agent.act(x[t], noise[t]).cpu().numpy()
-                next_obs, reward, terminated[t], truncated, info = envs.step(actions[t])
+                next_obs, rewards[t], terminated[t], truncated, info = envs.step(actions[t])
                 obs[t + 1] = torch.from_numpy(next_obs).movedim(1, -1)
-                rewards[t] = np.sign(reward) if args.clip_rewards else reward
                 done[t] = terminated[t] | truncated
-                valid[t] = info["valid"]
-                for n in np.flatnonzero(info["new_game"]):  # the step before ended the game
-                    step = ((iteration - 1) * T + t + 1) * N * WORLD_SIZE
-                    episode = {"global_step": step, "episodic_return": score[n]}
-                    episode["episodic_length"] = length[n]
-                    episodes.append(episode)
-                    score[n] = length[n] = 0
-                score += reward
-                length += ~info["new_game"]
+                new_game[t], valid[t] = info["new_game"], info["valid"]
             x[T] = features(obs[T].movedim(-1, 1))
 
         # 2. Advantages. Values and log-probabilities are those of the policy that played: its
@@ -421,7 +413,7 @@ def train(args):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         ended, played = to_tensor(done), to_tensor(valid)
         final = to_tensor(terminated) if args.bootstrap_truncated else ended
-        scaled = to_tensor(rewards)
+        scaled = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
         advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
         batch = {
             "obs": obs[:-1],
@@ -467,15 +459,10 @@ def train(args):
         if not all(value.isfinite().all() for value in agent.state_dict().values()):
             raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
         means = torch.stack(logs).mean(0).tolist()  # over all minibatches
-        scores = [episode["episodic_return"] for episode in episodes]
-        lengths = [episode["episodic_length"] for episode in episodes]
         now = time.perf_counter()
         metrics = {
             "iteration": iteration,
             "global_step": iteration * steps,
-            "episodes": len(episodes),
-            "episodic_return": np.mean(scores) if episodes else None,
-            "episodic_length": np.mean(lengths) if episodes else None,
             **dict(zip(logged, means)),
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
@@ -483,7 +470,7 @@ def train(args):
             "seconds": round(now - began, 3),
         }
         if RANK == 0:
-            logger.log(metrics, episodes)
+            logger.log(metrics, rewards, new_game)
     save_checkpoint(run_dir, agent, optimizer, iterations, time.perf_counter() - began)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -600,7 +587,25 @@ class Logger:
             run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
             self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
 
-    def log(self, metrics, episodes):
+    def start_episodes(self, num_envs):
+        """Forgets the running games."""
+        self.score, self.length = np.zeros(num_envs), np.zeros(num_envs, int)
+
+    def log(self, metrics, rewards, new_game):
+        """Writes metrics and the games of a rollout: rewards, new_game (T, N)."""
+        T, N = rewards.shape
+        episodes = []
+        for t in range(T):
+            for n in np.flatnonzero(new_game[t]):  # the step before ended the game
+                step = metrics["global_step"] - (T - t - 1) * N * WORLD_SIZE
+                episode = {"global_step": step, "episodic_return": self.score[n]}
+                episodes.append(episode | {"episodic_length": self.length[n]})
+                self.score[n] = self.length[n] = 0
+            self.score += rewards[t]
+            self.length += ~new_game[t]  # a step that only resets does not count
+        metrics["episodes"] = len(episodes)
+        for name in ("episodic_return", "episodic_length"):
+            metrics[name] = np.mean([episode[name] for episode in episodes]) if episodes else None
         for name, rows in zip(LOGS, ([metrics], episodes)):
             with open(self.run_dir / name, "a", newline="") as file:
                 writer = csv.DictWriter(file, rows[0] if rows else [])

@@ -344,7 +344,7 @@ def train(args):
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
     done = np.zeros((T + 1, N), bool)  # done[t]: obs[t] is an episode's last, so step t only resets
     actions = np.zeros((T, N, len(agent.log_std)), np.float32)
-    rewards = np.zeros((T, N), np.float32)
+    rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
     to_tensor = lambda array: torch.from_numpy(array).to(device)
 
@@ -364,7 +364,7 @@ def train(args):
             envs, obs[T] = start_envs(args, iteration)
             done[T] = False
             running_sum = torch.zeros(N, device=device)
-            score, length = np.zeros(N), np.zeros(N, int)  # of the running episodes
+            logger.start_episodes(N)
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -372,23 +372,13 @@ def train(args):
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0], done[0] = obs[T], done[T]  # continue where the last rollout ended
         noise = agent.noise(T, N)  # for all steps at once, which is faster
-        episodes = []
         with torch.inference_mode():
             for t in range(T):
                 x = agent.normalize(to_tensor(obs[t]))
                 actions[t] = agent.act(x, noise[t]).cpu().numpy()
                 env_action = agent.env_action(actions[t])
-                obs[t + 1], reward, terminated[t], truncated, _ = envs.step(env_action)
-                rewards[t] = reward
+                obs[t + 1], rewards[t], terminated[t], truncated, _ = envs.step(env_action)
                 done[t + 1] = terminated[t] | truncated
-                score += reward
-                length += ~done[t]  # a step that only resets does not count
-                for n in np.flatnonzero(done[t + 1]):
-                    step = ((iteration - 1) * T + t + 1) * N
-                    episode = {"global_step": step, "episodic_return": score[n]}
-                    episode["episodic_length"] = length[n]
-                    episodes.append(episode)
-                    score[n] = length[n] = 0
 
         # 2. Advantages. Values and log-probabilities are those of the policy that played: its
         # weights have not changed yet, so both can be computed for all steps at once.
@@ -397,7 +387,7 @@ def train(args):
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # step t resets, ends
-        scaled = to_tensor(rewards)
+        scaled = to_tensor(rewards).float()
         if args.norm_reward:
             stats = agent.return_stats
             scaled, running_sum = scale_rewards(scaled, resets, stats, args.gamma, running_sum)
@@ -450,22 +440,17 @@ def train(args):
         if not all(value.isfinite().all() for value in agent.state_dict().values()):
             raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
         means = torch.stack(logs).mean(0).tolist()  # over all minibatches
-        scores = [episode["episodic_return"] for episode in episodes]
-        lengths = [episode["episodic_length"] for episode in episodes]
         now = time.perf_counter()
         metrics = {
             "iteration": iteration,
             "global_step": iteration * batch_size,
-            "episodes": len(episodes),
-            "episodic_return": np.mean(scores) if episodes else None,
-            "episodic_length": np.mean(lengths) if episodes else None,
             **dict(zip(logged, means)),
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "sps": round(batch_size / (now - iteration_began)),
             "seconds": round(now - began, 3),
         }
-        logger.log(metrics, episodes)
+        logger.log(metrics, rewards, done)
     save_checkpoint(run_dir, agent, optimizer, iterations, time.perf_counter() - began)
     return run_dir
 
@@ -562,7 +547,25 @@ class Logger:
             run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
             self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
 
-    def log(self, metrics, episodes):
+    def start_episodes(self, num_envs):
+        """Forgets the running episodes."""
+        self.score, self.length = np.zeros(num_envs), np.zeros(num_envs, int)
+
+    def log(self, metrics, rewards, done):
+        """Writes metrics and the episodes of a rollout: rewards (T, N), done (T+1, N)."""
+        T, N = rewards.shape
+        episodes = []
+        for t in range(T):
+            self.score += rewards[t]
+            self.length += ~done[t]  # a step that only resets does not count
+            for n in np.flatnonzero(done[t + 1]):
+                step = metrics["global_step"] - (T - t - 1) * N
+                episode = {"global_step": step, "episodic_return": self.score[n]}
+                episodes.append(episode | {"episodic_length": self.length[n]})
+                self.score[n] = self.length[n] = 0
+        metrics["episodes"] = len(episodes)
+        for name in ("episodic_return", "episodic_length"):
+            metrics[name] = np.mean([episode[name] for episode in episodes]) if episodes else None
         for name, rows in zip(LOGS, ([metrics], episodes)):
             with open(self.run_dir / name, "a", newline="") as file:
                 writer = csv.DictWriter(file, rows[0] if rows else [])

@@ -181,7 +181,7 @@ class Progress:
             if error:
                 self.failed.append(run.name)
             elapsed = time.monotonic() - self.began
-            left = elapsed * self.left / max(self.total - self.left, 1e-9)
+            left = elapsed * max(self.left, 0) / max(self.total - self.left, 1e-9)
             state = f"FAILED: {error}" if error else "done"
             counts = f"{self.done}/{self.count}, {len(self.failed)} failed"
             print(f"[{counts}; {clock(left)} left] {run.name}: {state}", flush=True)

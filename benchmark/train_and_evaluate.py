@@ -45,8 +45,8 @@ def main():
         agents.append(agent)
         return flat_parameters(agent)
 
-    def log_and_evaluate(logger, metrics, episodes):
-        log(logger, metrics, episodes)
+    def log_and_evaluate(logger, metrics, *rollout):
+        log(logger, metrics, *rollout)
         step = metrics["global_step"]
         if step in milestones:
             ten = replace(

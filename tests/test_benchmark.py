@@ -98,10 +98,10 @@ def test_a_summary_holds_what_the_tables_need(tmp_path, results):
 def test_an_interrupted_run_is_continued(tmp_path, results, monkeypatch):
     log, whole = ppo.Logger.log, runner.train(SMALL, tmp_path / "whole", resume=False)
 
-    def interrupted_log(logger, metrics, episodes):
+    def interrupted_log(logger, metrics, *rollout):
         if metrics["iteration"] == 6:
             raise KeyboardInterrupt
-        log(logger, metrics, episodes)
+        log(logger, metrics, *rollout)
 
     monkeypatch.setattr(ppo.Logger, "log", interrupted_log)
     runs_dir = tmp_path / "part/study/CartPole-1/runs"

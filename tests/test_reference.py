@@ -132,8 +132,8 @@ def test_a_run_with_a_reference_resumes_without_its_directory(tmp_path, monkeypa
     whole = train(tmp_path / "whole", **flags)
     log, rows = ppo.Logger.log, []
 
-    def crash(logger, metrics, episodes):
-        log(logger, metrics, episodes)
+    def crash(logger, metrics, *rollout):
+        log(logger, metrics, *rollout)
         rows.append(metrics)
         if len(rows) == 5:
             raise RuntimeError("crash")

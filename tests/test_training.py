@@ -250,9 +250,9 @@ def test_statistics_are_those_of_valid_rows(tmp_path, recorder):
 def test_metrics_have_the_documented_columns_and_the_annealed_learning_rate(tmp_path):
     rows = read(train(tmp_path, total_timesteps=2048) / "metrics.csv")
     expected = (
-        "iteration,global_step,episodes,episodic_return,episodic_length,policy_loss,value_loss,"
-        "entropy,old_approx_kl,approx_kl,clipfrac,max_ratio_dev,grad_norm,explained_variance,"
-        "kl_reference,learning_rate,sps,seconds"
+        "iteration,global_step,policy_loss,value_loss,entropy,old_approx_kl,approx_kl,clipfrac,"
+        "max_ratio_dev,grad_norm,explained_variance,kl_reference,learning_rate,sps,seconds,"
+        "episodes,episodic_return,episodic_length"
     )
     assert ",".join(rows[0]) == expected
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4]
@@ -412,8 +412,8 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path, save_every,
     with pytest.MonkeyPatch.context() as patch:
         original = ppo.Logger.log
 
-        def crash(self, metrics, episodes):
-            original(self, metrics, episodes)
+        def crash(self, metrics, *rollout):
+            original(self, metrics, *rollout)
             if metrics["iteration"] == crash_at:
                 raise SystemExit
 
