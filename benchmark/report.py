@@ -612,6 +612,38 @@ def explain_gae():
     save(figure, "gae_weights.svg")
 
 
+def diagnostics_figure():
+    """Columns of metrics.csv of healthy runs beside runs with ten times the learning rate."""
+    found = summaries("diagnostics")
+    figure, axes = new_figure(2, 3, (9.5, 5.4))
+    names = ["return", "approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm"]
+    colors = {"healthy": "C0", "learning-rate-x10": "C1"}
+    for axis, name in zip(axes.flat, names):
+        for label, color in colors.items():
+            rows = [
+                run["curve"] if name == "return" else run["metrics"][name]
+                for run in found[label].values()
+            ]
+            curves = np.array(rows, float)
+            steps = (np.arange(curves.shape[1]) + 1) / curves.shape[1]  # of 1 million
+            axis.plot(steps, curves.T, color=color, linewidth=0.6, alpha=0.6)
+            axis.plot(steps, np.nanmean(curves, 0), color=color, linewidth=2.5)
+        axis.set_title(name, color=GREY)
+        axis.set_xticks([0, 0.5, 1])
+    axes[0, 0].set_ylim(-250, 320)
+    axes[0, 1].set_yscale("log")
+    axes[1, 1].set_ylim(0, 1.05)
+    for axis in axes[-1]:
+        axis.set_xlabel("million steps")
+    from matplotlib.lines import Line2D
+
+    texts = {"healthy": "learning rate 3e-4", "learning-rate-x10": "ten times that"}
+    lines = [Line2D([], [], color=colors[label], linewidth=2.5) for label in texts]
+    options = {"loc": "outside upper center", "ncols": 2, "labelcolor": GREY, "frameon": False}
+    figure.legend(lines, texts.values(), **options)
+    save(figure, "diagnostics.svg")
+
+
 HEADLINE = [  # study, label, title
     ("ppo", "CartPole-v1", "CartPole-v1"),
     ("ppo", "LunarLander-v3", "LunarLander-v3"),
@@ -730,6 +762,7 @@ def main():
         figures(study, f"{study}.png", columns)
     explain_clip()
     explain_gae()
+    diagnostics_figure()
     headline()
     rlhf_figure()
 
