@@ -8,8 +8,8 @@
 
 Read from the top: flags, environments, agent, equations and training are the algorithm; evaluation,
 runs and the command line come after it. The README explains the labels, like (gae). Shapes: a
-rollout has T steps of N environments, B is any number of rows. With torchrun, flags are per process
-(but --total-timesteps); each process plays its own games, and the gradients are averaged.
+rollout has T steps of N environments, B is any number of rows. With torchrun, each process plays
+--num-envs games of its own, and the gradients are averaged.
 """
 
 import csv
@@ -117,9 +117,8 @@ class UsageError(ValueError):
 class AtariGames(gym.vector.VectorWrapper):
     """Presses FIRE after a lost life, and tells which steps the policy can learn from.
 
-    With life_loss_info, ale-py reports a lost life as terminated, but the game goes on. Breakout
-    and others then wait for FIRE: where this button exists, it replaces the next action. When
-    ale-py starts a new game, the frame number starts again.
+    With life_loss_info, ale-py reports a lost life as terminated, but the game goes on. Many games
+    then wait for FIRE: where this button exists, it replaces the next action.
 
     info["new_game"] (N,): this step only reset the game; its action was ignored. info["valid"]
     (N,): the action was the policy's. Points scored by FIRE are logged, but not learned from.
@@ -140,7 +139,7 @@ class AtariGames(gym.vector.VectorWrapper):
         if self.fire is not None:
             actions = np.where(self.ended, self.fire, actions)
         obs, reward, terminated, truncated, info = self.env.step(actions)
-        info["new_game"] = info["episode_frame_number"] < self.frame
+        info["new_game"] = info["episode_frame_number"] < self.frame  # it starts again
         info["valid"] = ~(info["new_game"] if self.fire is None else self.ended)  # or FIRE
         self.ended = terminated | truncated
         self.frame = info["episode_frame_number"]
@@ -220,15 +219,12 @@ class Agent(nn.Module):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(x).float()
 
-    def noise(self, *shape):
-        """Gumbel noise (*shape, number of actions) for `act`: −log of exponential samples."""
-        bias = self.actor.bias  # has the size and the device
-        return -bias.new_empty(*shape, len(bias)).exponential_().log()
-
-    def act(self, x, noise):
-        """x (B, 512) → sampled actions (B,); noise 0: the most probable ones. With Gumbel noise,
-        the argmax is a sample of Categorical(logits=self.actor(x)), at half the cost."""
-        return (self.actor(x) + noise).argmax(-1)
+    def act(self, x, greedy=False):
+        """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
+        scores = self.actor(x)
+        if not greedy:  # the Gumbel-max trick, twice as fast as torch's sampling
+            scores = scores - torch.empty_like(scores).exponential_().log()
+        return scores.argmax(-1)
 
     def value(self, x):
         """x (B, 512) → V(s) (B,)."""
@@ -360,7 +356,7 @@ def train(args):
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
-    done = np.zeros((T, N), bool)
+    truncated = np.zeros((T, N), bool)
     new_game = np.zeros((T, N), bool)
     valid = np.zeros((T, N), bool)
     x = torch.zeros((T + 1, N, 512), device=device)  # features, kept for the values in part 2
@@ -393,16 +389,14 @@ def train(args):
 
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0] = obs[T]  # continue where the last rollout ended
-        noise = agent.noise(T, N)  # for all steps at once, which is faster
         # Autocast forgets the bfloat16 copies of the weights when the outermost one ends. This one,
         # itself off, makes the one in features copy them once per rollout.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t].movedim(-1, 1))
-                actions[t] = agent.act(x[t], noise[t]).cpu().numpy()
-                next_obs, rewards[t], terminated[t], truncated, info = envs.step(actions[t])
+                actions[t] = agent.act(x[t]).cpu().numpy()
+                next_obs, rewards[t], terminated[t], truncated[t], info = envs.step(actions[t])
                 obs[t + 1] = torch.from_numpy(next_obs).movedim(1, -1)
-                done[t] = terminated[t] | truncated
                 new_game[t], valid[t] = info["new_game"], info["valid"]
             x[T] = features(obs[T].movedim(-1, 1))
 
@@ -411,7 +405,7 @@ def train(args):
         with torch.no_grad():
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
-        ended, played = to_tensor(done), to_tensor(valid)
+        ended, played = to_tensor(terminated | truncated), to_tensor(valid)
         final = to_tensor(terminated) if args.bootstrap_truncated else ended
         scaled = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
         advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
@@ -491,8 +485,7 @@ def evaluate(agent, args):
     finished = [[] for _ in range(args.num_envs)]
     while min(len(returns) for returns in finished) < args.eval_episodes:
         x = agent.features(torch.from_numpy(obs))
-        noise = 0 if args.greedy else agent.noise(args.num_envs)
-        actions = agent.act(x, noise).numpy()
+        actions = agent.act(x, args.greedy).numpy()
         obs, reward, _, _, info = envs.step(actions)
         for n in np.flatnonzero(info["new_game"]):  # the step before ended the game
             finished[n].append(score[n])
@@ -515,8 +508,7 @@ def open_run(args, agent, optimizer):
         run_dir = Path(args.resume)
         _, checkpoint = load_run(run_dir)
         if checkpoint["world_size"] != WORLD_SIZE:
-            count = checkpoint["world_size"]
-            raise UsageError(f"--resume {run_dir}: use torchrun with {count} processes")
+            raise UsageError(f"--resume {run_dir}: needs {checkpoint['world_size']} processes")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         for name, size in checkpoint["sizes"].items():  # later rows will be written again
@@ -541,9 +533,8 @@ def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
     if RANK > 0:
         return
     sizes = {name: (run_dir / name).stat().st_size for name in LOGS}
-    checkpoint = {"iteration": iteration, "seconds": seconds, "sizes": sizes}
-    checkpoint |= {"world_size": WORLD_SIZE, "agent": agent.state_dict()}
-    checkpoint["optimizer"] = optimizer.state_dict()
+    checkpoint = {"iteration": iteration, "seconds": seconds, "world_size": WORLD_SIZE}
+    checkpoint |= {"sizes": sizes, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(checkpoint, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
@@ -559,7 +550,7 @@ def load_run(run_dir):
 
 
 def load_agent(run_dir):
-    """The trained agent of a run, on the CPU: agent.act(agent.features(obs), agent.noise(B))"""
+    """The trained agent of a run, on the CPU: agent.act(agent.features(obs))"""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)
     bf16 = supports_bf16(torch.device("cpu")) if args.bf16 == "auto" else args.bf16 == "on"

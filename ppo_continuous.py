@@ -196,13 +196,10 @@ class Agent(nn.Module):
         std = (self.obs_stats.var + 1e-8).sqrt().float()
         return ((obs - self.obs_stats.mean.float()) / std).clamp(-10, 10)
 
-    def noise(self, *shape):
-        """Standard normal noise (*shape, A) for `act`."""
-        return torch.randn(*shape, len(self.log_std), device=self.log_std.device)
-
-    def act(self, x, noise):
-        """x (B, D) → sampled actions (B, A); noise 0: their means."""
-        return self.actor(x) + self.log_std.exp() * noise
+    def act(self, x, greedy=False):
+        """x (B, D) → actions (B, A): sampled from π, or their means."""
+        mean = self.actor(x)
+        return mean if greedy else mean + self.log_std.exp() * torch.randn_like(mean)
 
     def env_action(self, action):
         """(action-map): sampled actions, an array (B, A) → what the environment gets."""
@@ -371,11 +368,10 @@ def train(args):
 
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0], done[0] = obs[T], done[T]  # continue where the last rollout ended
-        noise = agent.noise(T, N)  # for all steps at once, which is faster
         with torch.inference_mode():
             for t in range(T):
                 x = agent.normalize(to_tensor(obs[t]))
-                actions[t] = agent.act(x, noise[t]).cpu().numpy()
+                actions[t] = agent.act(x).cpu().numpy()
                 env_action = agent.env_action(actions[t])
                 obs[t + 1], rewards[t], terminated[t], truncated, _ = envs.step(env_action)
                 done[t + 1] = terminated[t] | truncated
@@ -464,8 +460,7 @@ def evaluate(agent, args):
     finished = [[] for _ in range(args.num_envs)]
     while min(len(returns) for returns in finished) < args.eval_episodes:
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
-        noise = 0 if args.greedy else agent.noise(args.num_envs)
-        actions = agent.act(x, noise).numpy()
+        actions = agent.act(x, args.greedy).numpy()
         obs, reward, terminated, truncated, _ = envs.step(agent.env_action(actions))
         score += reward
         for n in np.flatnonzero(terminated | truncated):
@@ -519,7 +514,7 @@ def load_run(run_dir):
 
 def load_agent(run_dir):
     """The trained agent of a run, on the CPU. The environment gets
-    agent.env_action(agent.act(agent.normalize(obs), agent.noise(B)).numpy())."""
+    agent.env_action(agent.act(agent.normalize(obs)).numpy())."""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)
     spaces = envs.single_observation_space, envs.single_action_space

@@ -90,8 +90,8 @@ def test_every_game_has_a_network_of_its_size(monkeypatch):
         agent = ppo.Agent(envs.single_observation_space, envs.single_action_space)
         x = agent.features(torch.zeros((3, 4, 84, 84), dtype=torch.uint8))
         assert x.shape == (3, 512) and x.dtype == torch.float32
-        assert agent.actor(x).shape == agent.noise(3).shape == (3, actions)
-        assert agent.value(x).shape == agent.act(x, 0).shape == (3,)
+        assert agent.actor(x).shape == (3, actions)
+        assert agent.value(x).shape == agent.act(x).shape == agent.act(x, greedy=True).shape == (3,)
 
 
 @pytest.mark.parametrize("name", ["Pong", "PongNoFrameskip-v4"])
@@ -217,7 +217,7 @@ def test_invalid_rows_are_dropped_and_ends_are_where_they_were(tmp_path, monkeyp
     keep = lambda agent, batch, args: minibatches.append(batch) or ppo_loss(agent, batch, args)
     monkeypatch.setattr(ppo, "ppo_loss", keep)
     monkeypatch.setattr(torch, "randperm", lambda n, device: torch.arange(n))
-    monkeypatch.setattr(ppo.Agent, "act", lambda self, x, noise: torch.zeros(len(x)).long())
+    monkeypatch.setattr(ppo.Agent, "act", lambda self, x, greedy=False: torch.zeros(len(x)).long())
     flags = {"max_episode_frames": 400, "num_steps": 256, "total_timesteps": 512}
     run_dir = train(tmp_path, **flags, update_epochs=1)
 

@@ -111,9 +111,9 @@ def test_gradients_of_the_loss_are_right():
 def test_samples_have_the_deviation_asked_for(initial):
     agent = make_agent(box([-1] * 2, [1] * 2), initial_log_std=initial)
     x = torch.zeros(100_000, 3)
-    actions = agent.act(x, agent.noise(100_000))
+    actions = agent.act(x)
     np.testing.assert_allclose(actions.detach().std(0), math.exp(initial), rtol=0.02)
-    assert torch.equal(agent.act(x, 0), agent.actor(x))
+    assert torch.equal(agent.act(x, greedy=True), agent.actor(x))
     assert agent.actor(3 * torch.randn(100, 3)).abs().max() < 0.1  # all means start close to 0
 
 
@@ -150,7 +150,7 @@ def test_actions_stay_in_the_box_in_its_own_precision(dtype, bound):
 
 def test_actions_of_any_shape_reach_the_environment_in_it():
     agent = make_agent(gym.spaces.Box(-2, 2, (2, 3), np.float32))
-    sampled = agent.act(torch.zeros(5, 3), agent.noise(5)).detach().numpy()
+    sampled = agent.act(torch.zeros(5, 3)).detach().numpy()
     assert sampled.shape == (5, 6)
     np.testing.assert_allclose(
         agent.env_action(sampled), np.clip(2 * sampled, -2, 2).reshape(5, 2, 3)

@@ -158,16 +158,16 @@ def test_categorical_log_probability_and_entropy():
     assert agent.evaluate_actions(x, action)[1][0].item() == pytest.approx(0.9404, abs=5e-5)
 
 
-def test_sampling_follows_the_probabilities_and_zero_noise_is_greedy():
+def test_sampling_follows_the_probabilities_and_greedy_takes_the_largest():
     agent, x = make_agent(), torch.randn(4)
     with torch.no_grad():
         agent.actor[-1].weight.mul_(300)
-        actions = agent.act(x.expand(200_000, 4), agent.noise(200_000))
+        actions = agent.act(x.expand(200_000, 4))
         probabilities = torch.softmax(agent.actor(x), -1)
         shares = torch.bincount(actions, minlength=4) / len(actions)
         assert probabilities.max() - probabilities.min() > 0.2
         torch.testing.assert_close(shares, probabilities, atol=0.006, rtol=0)
-        assert agent.act(x, torch.zeros(4)) == probabilities.argmax()
+        assert agent.act(x, greedy=True) == probabilities.argmax()
 
 
 def test_total_loss_and_what_is_logged_of_a_minibatch():

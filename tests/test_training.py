@@ -364,7 +364,7 @@ def test_vectorization_mode_does_not_change_the_run(tmp_path, mode):
     assert outcome(changed) == outcome(train(tmp_path, **flags))
 
 
-def test_every_stretch_between_checkpoints_has_environments_and_noise_of_its_own():
+def test_every_stretch_between_checkpoints_has_environments_and_randomness_of_its_own():
     (_, first), numbers = ppo.start_envs(ppo.Args(), 1), torch.rand(3)
     (_, second), others = ppo.start_envs(ppo.Args(), 2), torch.rand(3)
     assert not np.isclose(first, second).any() and not torch.isclose(numbers, others).any()
@@ -439,13 +439,13 @@ def test_an_agent_saved_and_loaded_acts_identically(tmp_path, monkeypatch):
     args = ppo.Args("Acrobot-v1", runs_dir=str(tmp_path), total_timesteps=2048, norm_obs=True)
     run_dir = ppo.train(args)
     saved, loaded = agents[0], ppo.load_agent(run_dir)
-    obs, noise = torch.randn(1000, 6), saved.noise(1000)
+    obs = torch.randn(1000, 6)
     with torch.no_grad():
         x = saved.normalize(obs)
         assert torch.equal(x, loaded.normalize(obs)) and not torch.equal(x, obs)
         assert torch.equal(saved.actor(x), loaded.actor(x))
         assert torch.equal(saved.value(x), loaded.value(x))
-        assert torch.equal(saved.act(x, noise), loaded.act(x, noise))
+        assert torch.equal(saved.act(x, greedy=True), loaded.act(x, greedy=True))
     args = dataclasses.replace(args, evaluate=str(run_dir), eval_episodes=2, num_envs=3)
     in_memory, reloaded = ppo.evaluate(saved, args), ppo.evaluate(loaded, args)
     assert in_memory.shape == (3, 2) and np.array_equal(in_memory, reloaded)
@@ -468,7 +468,7 @@ def test_evaluation_plays_whole_episodes_as_many_in_each_environment(recorder, e
         assert returns.tolist() == [[1 + 2 + 3 + 1] * 4] * 8  # the time limit is 4
     else:
         assert ended.sum(0).max() > 4
-    most_probable = agent.act(torch.as_tensor(obs, dtype=torch.float32), 0).numpy()
+    most_probable = agent.act(torch.as_tensor(obs, dtype=torch.float32), True).numpy()
     assert np.array_equal(actions, most_probable) == greedy
 
 
