@@ -356,16 +356,17 @@ def minutes(runs_of_task):
     return f"{np.median(seconds) / 60:,.1f}"
 
 
-def results():
-    """One row per task: the headline table of the README."""
-    head = ["task", "script", "steps", "seeds", "score: interquartile mean [95 %]"]
+def results(only=None):
+    """One row per task, or per task in only."""
+    head = ["task", "steps", "seeds", "score: interquartile mean [95 %]"]
     head += ["mean ± std", "best published PPO", "minutes"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows = [("ppo", label, label, BEST_PUBLISHED[label]) for label in PUBLISHED]
     rows += [("continuous", label, label, BEST_PUBLISHED[label]) for label in PUBLISHED_CONTINUOUS]
     rows += [("atari", f"{game}-10M", game, BEST_PUBLISHED[game]) for game in PUBLISHED_ATARI]
-    scripts = {"ppo": "ppo.py", "continuous": "ppo_continuous.py", "atari": "ppo_atari.py"}
     for study, label, task, published in rows:
+        if only and task not in only:
+            continue
         found = list(runs(study)[label].values())
         scores = np.array([last_100(run) for run in found])
         digits = 0 if abs(scores.mean()) >= 500 else 1
@@ -377,7 +378,7 @@ def results():
             score = f"**{score}**{each(scores)}"
         deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
         steps = f"{column_of(found[0], 'metrics', 'global_step').max() / 1e6:.1f}M"
-        cells = [task, f"`{scripts[study]}`", steps, str(len(scores)), score]
+        cells = [task, steps, str(len(scores)), score]
         cells += [f"{mean}{deviation}", published, minutes(found)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -389,9 +390,7 @@ def overview():
     lines.append("|---" * 7 + "|")
     for script, actions, study, label, task in (
         ("ppo.py", "discrete", "ppo", "CartPole-v1", "CartPole-v1"),
-        ("ppo.py", "discrete", "ppo", "LunarLander-v3", "LunarLander-v3"),
         ("ppo_continuous.py", "continuous", "continuous", "HalfCheetah-v5", "HalfCheetah-v5"),
-        ("ppo_continuous.py", "continuous", "continuous", "Humanoid-v5", "Humanoid-v5"),
         ("ppo_atari.py", "Atari games", "atari", "Breakout-10M", "Breakout"),
     ):
         found = list(runs(study)[label].values())
@@ -407,22 +406,21 @@ def diagnostics():
     """What the columns of metrics.csv look like in our own runs of seed 1."""
     columns = ["clipfrac", "approx_kl", "entropy", "explained_variance", "grad_norm"]
     heads = [f"`{column}`" for column in columns]
-    lines = [f"| run | {' | '.join(heads)} | largest `max_ratio_dev` |", "|---" * 7 + "|"]
+    lines = [f"| run | {' | '.join(heads)} |", "|---" * 6 + "|"]
     for study, label in (
         ("ppo", "CartPole-v1"),
-        ("ppo", "Acrobot-v1"),
         ("ppo", "LunarLander-v3"),
         ("continuous", "HalfCheetah-v5"),
         ("atari", "Breakout-10M"),
     ):
-        table, cells = read(Path(f"{runs(study)[label][1]}.metrics.csv.gz")), [label]
+        table = read(Path(f"{runs(study)[label][1]}.metrics.csv.gz"))
+        cells = [label.split("-")[0]]
         tenth = len(table) // 10
         for column in columns:
             means = []
             for part in (table[:tenth], table[-tenth:]):
                 means.append(np.mean([float(row[column]) for row in part if row[column]]))
             cells.append(" → ".join(f"{mean:.2g}".replace("-", "−") for mean in means))
-        cells.append(f"{max(float(row['max_ratio_dev']) for row in table):.2g}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -480,27 +478,31 @@ def rlhf_verdict():
 
 
 def rlhf_line():
-    return [rlhf_verdict()]
+    return [rlhf_verdict().split("; by part")[0] + "."]
 
 
 def rlhf_figure():
     """Proxy and true return against the KL to the reference: the frontier of RLHF papers."""
     reference, arms = rlhf_scores()
-    figure, axes = new_figure(1, 2, (9, 3.6))
-    for axis, measure, color in zip(axes.flat, ("proxy", "true"), ("C1", "C0")):
+    for measure, color in (("proxy", "C1"), ("true", "C0")):
+        figure, axes = new_figure(1, 1, (4.3, 3.4))
+        axis = axes[0, 0]
         for beta, arm in arms.items():
             axis.plot(arm["kl"], arm[measure], "o", color=color, alpha=0.4, markersize=4)
-            place = {"xytext": (6, 8), "textcoords": "offset points", "ha": "left"}
+            place = {"xytext": (-9, 5), "textcoords": "offset points", "ha": "right"}
+            if measure == "true":
+                below = {"xytext": (-12, -12), "ha": "right"} if beta == 0.1 else {}
+                place |= {"xytext": (9, 5), "ha": "left"} | below
             axis.annotate(f"β = {beta:g}", (arm["kl"].mean(), arm[measure].mean()), **place)
         kls = [arm["kl"].mean() for arm in arms.values()]
         axis.plot(kls, [arm[measure].mean() for arm in arms.values()], color=color, linewidth=2)
         axis.axhline(reference[measure], color=GREY, linestyle=":")
         axis.set_xscale("log")
-        axis.set_xlim(7, 7000)
+        axis.set_xlim(3 if measure == "proxy" else 7, 7000)
         axis.set_xlabel("KL(π ‖ π_ref) per episode")
-        axis.set_title(f"{measure} return (dotted: the reference)", color=GREY)
+        axis.set_title(f"{measure} return (dotted: reference)", color=GREY)
         axis.margins(y=0.15)
-    save(figure, "rlhf.svg")
+        save(figure, f"rlhf-{measure}.svg")
 
 
 def speed_line():
@@ -518,11 +520,12 @@ TABLES = {
     "README.md": {
         "overview": overview,
         "diagnostics": diagnostics,
-        "results": results,
+        "results": lambda: results([title for *_, title in HEADLINE]),
         "speed-line": speed_line,
         "rlhf": rlhf_line,
     },
     "benchmark/README.md": {
+        "results": results,
         "ppo-scores": ppo_scores,
         "continuous-scores": continuous_scores,
         "continuous-sb3": continuous_sb3,
@@ -570,38 +573,39 @@ def render(file):
         first, last = lines_of(found[2], found[4])
         return f"[{found[1]}{found[2]}{found[3]}]({found[4]}#L{first}-L{last})"
 
+    length = len((ROOT / "ppo.py").read_text().splitlines())
+    text = re.sub(r"\[\d+ lines\]", f"[{length} lines]", text)
     return re.sub(r"\[(`?)(\w+)(`?)\]\((ppo\w*\.py)(?:#[L\d-]+)?\)", link, text)
 
 
 def explain_clip():
     """The clipped objective against the ratio, for both signs of the advantage; ε = 0.2."""
-    figure, axes = new_figure(1, 2, (9, 3.6))
-    ratio = np.linspace(0, 2.6, 300)
-    for axis, sign in zip(axes.flat, (1, -1)):
+    for name, sign in (("positive", 1), ("negative", -1)):
+        figure, axes = new_figure(1, 1, (4.3, 3.4))
+        axis, ratio = axes[0, 0], np.linspace(0, 2.6, 300)
         clipped = np.minimum(sign * ratio, sign * ratio.clip(0.8, 1.2))
-        axis.plot(ratio, sign * ratio, color=GREY, linestyle=":", label="ρ Â")
-        axis.plot(ratio, clipped, color="C0", linewidth=2.5, label="objective")
         flat = (1.2, 2.6) if sign > 0 else (0, 0.8)
         axis.axvspan(*flat, color="C1", alpha=0.2, label="gradient 0")
+        axis.plot(ratio, sign * ratio, color=GREY, linestyle=":", label="ρ Â")
+        axis.plot(ratio, clipped, color="C0", linewidth=2.5, label="objective")
         for edge in (0.8, 1.2):
             axis.axvline(edge, color=GREY, linewidth=0.8)
-        numbers = ("3", "1", "5") if sign > 0 else ("4", "2", "6")
-        for place, text in zip((0.4, 1.0, 1.9) if sign > 0 else (0.1, 1.0, 1.7), numbers):
-            height = np.interp(place, ratio, clipped) + (0.12 if text != "4" else -0.3)
-            axis.text(place, height, f"case {text}", color=GREY, ha="right" if sign > 0 else "left")
+        for place, case in zip((0.4, 1.0, 1.9), ("3", "1", "5") if sign > 0 else ("4", "2", "6")):
+            height = np.interp(place, ratio, clipped) + (-0.3 if case in "154" else 0.3)
+            circle = {"boxstyle": "circle", "edgecolor": GREY, "facecolor": "none"}
+            axis.text(place, height, case, ha="center", va="center", bbox=circle)
         axis.set_xlabel("ratio ρ")
-        axis.set_title(f"Â = {'+' if sign > 0 else '−'}1", color=GREY)
-    axes[0, 0].plot([2.5], [1.2], "o", color="C3", label="worked number, per unit of Â")
-    options = {"loc": "outside upper center", "ncols": 4, "labelcolor": GREY, "frameon": False}
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), **options)
-    axes[0, 0].set_ylim(0, 2.7)
-    axes[0, 1].set_ylim(-2.7, 0.4)
-    save(figure, "clip.svg")
+        axis.set_title(f"Â = {'+' if sign > 0 else '−'}1; circles: cases", color=GREY)
+        axis.set_ylim((-0.05, 2.9) if sign > 0 else (-2.9, 0.05))
+        if sign > 0:
+            axis.plot([2.5], [1.2], "o", color="C3", label="example")
+            axis.legend(loc="upper left", labelcolor=GREY, frameon=False, fontsize=10, borderpad=0)
+        save(figure, f"clip-{name}.svg")
 
 
 def explain_gae():
     """Weights (1 − λ) λ^(k−1) of the k-step advantages."""
-    figure, axes = new_figure(1, 1, (7, 3.2))
+    figure, axes = new_figure(1, 1, (4.6, 3))
     steps = np.arange(1, 31)
     for color, lam in zip(("C0", "C1", "C2", "C3"), (0.5, 0.8, 0.9, 0.95)):
         weights = (1 - lam) * lam ** (steps - 1)
@@ -615,33 +619,22 @@ def explain_gae():
 def diagnostics_figure():
     """Columns of metrics.csv of healthy runs beside runs with ten times the learning rate."""
     found = summaries("diagnostics")
-    figure, axes = new_figure(2, 3, (9.5, 5.4))
-    names = ["return", "approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm"]
-    colors = {"healthy": "C0", "learning-rate-x10": "C1"}
-    for axis, name in zip(axes.flat, names):
-        for label, color in colors.items():
-            rows = [
-                run["curve"] if name == "return" else run["metrics"][name]
-                for run in found[label].values()
-            ]
-            curves = np.array(rows, float)
+    limits = {"return": (-250, 320), "explained_variance": (0, 1.05)}
+    for name in ("return", "approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm"):
+        figure, axes = new_figure(1, 1, (2.84, 2.5))
+        axis = axes[0, 0]
+        for color, label in (("C0", "healthy"), ("C1", "learning-rate-x10")):
+            seeds = found[label].values()
+            curves = [run["curve"] if name == "return" else run["metrics"][name] for run in seeds]
+            curves = np.array(curves, float)
             steps = (np.arange(curves.shape[1]) + 1) / curves.shape[1]  # of 1 million
-            axis.plot(steps, curves.T, color=color, linewidth=0.6, alpha=0.6)
+            axis.plot(steps, curves.T, color=color, linewidth=0.9, alpha=0.6)
             axis.plot(steps, np.nanmean(curves, 0), color=color, linewidth=2.5)
         axis.set_title(name, color=GREY)
-        axis.set_xticks([0, 0.5, 1])
-    axes[0, 0].set_ylim(-250, 320)
-    axes[0, 1].set_yscale("log")
-    axes[1, 1].set_ylim(0, 1.05)
-    for axis in axes[-1]:
         axis.set_xlabel("million steps")
-    from matplotlib.lines import Line2D
-
-    texts = {"healthy": "learning rate 3e-4", "learning-rate-x10": "ten times that"}
-    lines = [Line2D([], [], color=colors[label], linewidth=2.5) for label in texts]
-    options = {"loc": "outside upper center", "ncols": 2, "labelcolor": GREY, "frameon": False}
-    figure.legend(lines, texts.values(), **options)
-    save(figure, "diagnostics.svg")
+        axis.set_ylim(limits.get(name))
+        axis.set_yscale("log" if name == "approx_kl" else "linear")
+        save(figure, f"diagnostics-{name}.svg")
 
 
 HEADLINE = [  # study, label, title
@@ -656,26 +649,17 @@ HEADLINE = [  # study, label, title
 
 def headline():
     """Six learning curves: thin lines for seeds, a thick one for the interquartile mean."""
-    figure, axes = new_figure(2, 3, (9.5, 5.4))
-    for axis, (study, label, title) in zip(axes.flat, HEADLINE):
+    for study, label, title in HEADLINE:
+        figure, axes = new_figure(1, 1, (2.84, 2.5))
         grid, curves = learning_curves(runs(study)[label])
-        axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.6, alpha=0.5)
+        axis = axes[0, 0]
+        axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.9, alpha=0.6)
         axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5)
         published = BEST_PUBLISHED[title].split(" ")[0].replace(",", "")
         axis.axhline(float(published), color="C1", linestyle="--", linewidth=1.5)
         axis.set_title(title, color=GREY)
-    for axis in axes[-1]:
         axis.set_xlabel("million steps")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return")
-    thick = [("C0", "-", 2.5, "interquartile mean"), ("C0", "-", 0.6, "one seed")]
-    thick.append(("C1", "--", 1.5, "best published PPO"))
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=c, linestyle=s, linewidth=w, label=t) for c, s, w, t in thick]
-    options = {"loc": "outside upper center", "ncols": 3, "labelcolor": GREY, "frameon": False}
-    figure.legend(handles=handles, **options)
-    save(figure, "headline.svg")
+        save(figure, f"headline-{title}.svg")
 
 
 GREY = "#808080"  # reads well on white and on black

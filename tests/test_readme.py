@@ -62,6 +62,27 @@ def test_labels_stand_at_the_lines_that_the_readme_links_to():
         assert f"({label})" in "\n".join(lines), label
 
 
+def test_the_readme_stays_short():
+    """Code, maths, tables and links may be longer than 120 columns."""
+    text = README.read_text()
+    assert len(text.splitlines()) <= 450
+    assert len(text.split()) <= 6000
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    prose = re.sub(r"\[[^]]*\]\(http[^)]*\)|\]\([^)]*\)", "", prose)  # links
+    written = [line for line in prose.splitlines() if line[:1] != "|"]
+    (by_report,) = report.speed_line()
+    assert [line for line in written if len(line) > 120 and line != by_report] == []
+
+
+def test_every_column_of_the_metrics_is_explained(tmp_path):
+    run_dir = ppo.train(ppo.Args(total_timesteps=512, runs_dir=str(tmp_path)))
+    header = (run_dir / "metrics.csv").read_text().splitlines()[0]
+    table = README.read_text().split("| column | meaning |")[1].split("\n\n")[0]
+    explained = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row[:70])]
+    columns = header.split(",")
+    assert len(columns) > 15 and set(columns) <= set(explained)
+
+
 def test_every_flag_that_the_readme_names_exists():
     flags = set(re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", README.read_text()))
     known = {"help", "index_url", "nproc_per_node", "check"}  # pip, torchrun, ruff
@@ -131,12 +152,23 @@ def test_the_example_of_an_environment_is_learned(tmp_path, monkeypatch):
     assert all(row.split(",")[2] == "10" for row in rows[-3:])  # straight to the end
 
 
+def test_the_example_of_an_environment_can_have_continuous_actions(tmp_path, monkeypatch):
+    code = example("class Corridor").replace("action == 1", "action[0] > 0")
+    code = code.replace("gym.spaces.Discrete(2)", "gym.spaces.Box(-1, 1, (1,), np.float32)")
+    (tmp_path / "corridor_continuous.py").write_text(code.replace("Corridor-v0", "CorridorBox-v0"))
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = {"env_id": "corridor_continuous:CorridorBox-v0", "total_timesteps": 20_480}
+    run_dir = ppo_continuous.train(ppo_continuous.Args(runs_dir=str(tmp_path), **flags))
+    rows = (run_dir / "episodes.csv").read_text().splitlines()
+    assert all(float(row.split(",")[2]) < 30 for row in rows[-3:])
+
+
 def test_the_example_of_plotting_draws_every_run(tmp_path, monkeypatch):
     for seed in (1, 2):
         flags = {"total_timesteps": 5120, "seed": seed, "runs_dir": str(tmp_path / "runs")}
         ppo.train(ppo.Args(**flags))
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(example("np.convolve"), names)
+    exec(example("genfromtxt"), names)
     assert len(names["plt"].gca().lines) == 2 and (tmp_path / "returns.png").stat().st_size > 5000
     names["plt"].close()
