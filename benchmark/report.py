@@ -632,8 +632,11 @@ def diagnostics_figure():
             axis.plot(steps, np.nanmean(curves, 0), color=color, linewidth=2.5)
         axis.set_title(name, color=GREY)
         axis.set_xlabel("million steps")
-        axis.set_ylim(limits.get(name))
-        axis.set_yscale("log" if name == "approx_kl" else "linear")
+        axis.set_xticks([0, 0.5, 1])
+        if name == "approx_kl":
+            axis.set_yscale("log")
+        if name in limits:
+            axis.set_ylim(limits[name])
         save(figure, f"diagnostics-{name}.svg")
 
 
