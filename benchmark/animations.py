@@ -2,7 +2,7 @@
 
     python benchmark/animations.py    # MuJoCo without a display: MUJOCO_GL=egl or osmesa before it
 
-Trains what is missing in runs/animations/ (about ten minutes), films one episode of each agent, or
+Trains what is missing in runs/animations/ (about half an hour), films one episode of each agent, or
 several if the pole falls at once, and writes the first seconds to results/NAME.gif.
 """
 
@@ -20,17 +20,14 @@ gym.register("HalfCheetahFilm-v5", HALF_CHEETAH, **FILM)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-LUNAR_LANDER = "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 32"
-LUNAR_LANDER += " --update-epochs 10 --gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003"
-LUNAR_LANDER += " --norm-obs --norm-reward"
 AGENTS = {  # name: script, flags
     "cartpole-before": ("ppo.py", "--total-timesteps 512"),
     "cartpole-after": ("ppo.py", ""),
-    "lunar-lander": ("ppo.py", f"--env-id LunarLander-v3 {LUNAR_LANDER}"),
     "half-cheetah": (
         "ppo_continuous.py",
         "--env-id benchmark.animations:HalfCheetahFilm-v5 --compile",
     ),
+    "breakout": ("ppo_atari.py", "--total-timesteps 1000000"),
 }
 SECONDS = 6
 
@@ -45,7 +42,8 @@ def main():
         episodes = "10" if name == "cartpole-before" else "1"
         film = ["--num-envs", "1", "--eval-episodes", episodes, "--capture-video"]
         subprocess.run([*python, "--evaluate", run_dir, *film], check=True)
-        paths = sorted(max(run_dir.glob("videos/*")).glob("*.mp4"))
+        newest = max(run_dir.glob("videos/*"))
+        paths = [newest] if newest.is_file() else sorted(newest.glob("*.mp4"))
         clip = concatenate_videoclips([VideoFileClip(path) for path in paths])
         clip = clip.subclipped(0, min(SECONDS, clip.duration)).resized(height=150)
         clip.write_gif(RESULTS / f"{name}.gif", fps=12)

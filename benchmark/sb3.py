@@ -30,7 +30,7 @@ WIDE = {
     "activation_fn": nn.ReLU,
     "net_arch": {"pi": SIZES, "vf": SIZES},
 }
-TUNED = {  # rl-zoo3's hyperparams/ppo.yml, there for the v4 of these environments
+TUNED = {  # rl-zoo3's hyperparams/ppo.yml, there for older versions of these environments
     "HalfCheetah-v5": {
         "batch_size": 64,
         "n_steps": 512,
