@@ -6,7 +6,7 @@
     python benchmark/run.py selection --only 'Hopper*' # runs whose names match
     python benchmark/run.py ppo --resume               # also continue what was interrupted
 
-studies.py lists the studies. A run trains in --work and leaves its results in
+studies.py and claims.py list the studies. A run trains in --work and leaves its results in
 results/<study>/<label>-<seed>.*: headline studies keep flags, episodes and metrics, the others one
 .json of at most 10 kB: score, a curve of 200 points, 50 rows of metrics, and the flags that differ
 from the defaults. Delete those files to make a run again. report.py makes tables and figures.
@@ -34,7 +34,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from studies import STUDIES  # noqa: E402 (the line above finds it)
+import claims  # noqa: E402 (the line above finds it)
+import studies  # noqa: E402
+
+STUDIES = {**studies.STUDIES, **claims.STUDIES}
 
 SPEEDS = {"ppo_atari.py": 1000, "benchmark/sb3.py": 1500}  # rough steps a second of one thread
 CURVE_POINTS, METRIC_ROWS = 200, 50

@@ -1,0 +1,369 @@
+"""What tutorials and papers claim about PPO, the runs that decide it, and the rule of the verdicts.
+
+    python benchmark/run.py claims-epochs     # the runs of one claim; "claims" runs them all
+    python benchmark/claims.py                # returns of a random policy, which effects refer to
+
+Each comparison changes one thing: the flags, or lines of a script's source, of its base. Arms are
+shared by the claims, in results/claims/. Everything here was committed before the runs.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from studies import GAMMA_0_9, LUNAR_LANDER, Run
+
+RULE = """
+The effect of a comparison on a task is (mean of the arm - mean of the base), divided by (mean of
+the reference - return of a uniformly random policy). The reference is the arm that all of a claim's
+comparisons start from: "base", or "plain" for those whose names begin with it. The score of a run
+is the mean return of its last 100 training episodes, for claims about sample efficiency the mean
+return over the whole run. The pooled effect is the plain mean over tasks. Intervals (95 %) come
+from a bootstrap that resamples seeds within each task and arm. References have 20 seeds, the other
+arms five, or ten if the first five did not settle the claim. Verdicts, the first that applies:
+
+depends on the task   the intervals of two tasks exclude 0 with opposite signs
+matters               the pooled interval excludes 0, and the pooled effect is at least 5 %
+does not matter       the pooled interval lies within -10 % and +10 %
+not settled           otherwise, with half the interval's width
+
+Comparisons with the same label are one, over all their tasks. The first label of a claim decides
+it; the others explain. The claim holds if the verdict is the one that it predicts.
+"""
+BASE_SEEDS, SEEDS = 20, 5
+
+HALF_CHEETAH, HOPPER, WALKER, LUNAR = "HalfCheetah-v5 Hopper-v5 Walker2d-v5 LunarLander-v3".split()
+MUJOCO = (HALF_CHEETAH, HOPPER, WALKER)
+FOUR = (*MUJOCO, LUNAR)
+TWO = (HALF_CHEETAH, LUNAR)
+SHORT_EPISODES = ("CartPole-v1", "Blackjack-v1", "FrozenLake-v1")
+TASKS = {  # task: script, flags
+    **dict.fromkeys(MUJOCO, ("ppo_continuous.py", "--compile")),
+    LUNAR: ("ppo.py", f"--compile {LUNAR_LANDER}"),
+    "Pendulum-v1": ("ppo_continuous.py", GAMMA_0_9),
+    "CartPole-v1": ("ppo.py", "--total-timesteps 50000"),
+    "Blackjack-v1": ("ppo.py", "--total-timesteps 100000"),
+    "FrozenLake-v1": ("ppo.py", "--total-timesteps 100000"),
+}
+
+# Lines of the scripts that are replaced where no flag reaches.
+HEAD_GAIN = {  # the last layer of the actor as large as the others
+    "ppo.py": (("int(action_space.n), 0.01)", "int(action_space.n), 1.0)"),),
+    "ppo_continuous.py": (("num_actions, 0.01)", "num_actions, 1.0)"),),
+}
+RESET_ROWS = (  # rows that only reset stay in the losses, in (norm) and in the statistics
+    ("{name: column[~resets] for", "{name: column.flatten(0, 1) for"),
+    ("stats.update(torch.stack(sums)[~resets])", "stats.update(torch.stack(sums).flatten())"),
+    ("to_tensor(obs[:-1])[~resets]", "to_tensor(obs[:-1]).flatten(0, 1)"),
+)
+PLAIN_LOSS = "    pi_loss = policy_loss(log_ratio, advantages, args.clip_coef)\n"
+
+
+def kl_penalty(beta):
+    """The clipped objective replaced by −E[ρ Â] + β KL, with the estimate (k3)."""
+    penalty = f"{beta} * (log_ratio.exp() - 1 - log_ratio)"
+    new = f"    pi_loss = ({penalty} - log_ratio.exp() * advantages).mean()\n"
+    return ((PLAIN_LOSS, new),)
+
+
+# What each epoch of an update did, as further columns of metrics.csv.
+RATE = '            "learning_rate": optimizer.param_groups[0]["lr"],\n'
+EPOCH_COLUMNS = """            **{
+                f"{name}_in_epoch_{epoch}": column[epoch - 1].item()
+                for name, column in zip(
+                    logged, torch.stack(logs).unflatten(0, (-1, args.num_minibatches)).mean(1).T
+                )
+                for epoch in (1, 2, 5, 10, 20, 50, 100)
+                if name in ("approx_kl", "clipfrac", "max_ratio_dev")
+            },
+"""
+EPOCHS = ((RATE, RATE + EPOCH_COLUMNS),)
+
+PLAIN = "--target-kl None --no-clip-vloss"  # neither stands in for what is switched
+NO_DETAILS = "--no-norm-obs --no-norm-reward --no-anneal-lr"
+CLEANRL = "--num-envs 1 --num-steps 2048 --initial-log-std 0 --no-rescale-actions --clip-vloss "
+CLEANRL += "--target-kl None --no-recompute-advantages"
+LADDER = {  # one change at a time, each on top of those before
+    "cleanrl": CLEANRL,
+    "cleanrl-1": f"{CLEANRL} --initial-log-std -0.5",
+    "cleanrl-2": f"{CLEANRL} --initial-log-std -0.5 --rescale-actions",
+    "cleanrl-3": f"{CLEANRL} --initial-log-std -0.5 --rescale-actions --no-clip-vloss",
+}
+LADDER["cleanrl-4"] = LADDER["cleanrl-3"] + " --recompute-advantages"
+LADDER["cleanrl-5"] = LADDER["cleanrl-4"] + " --num-envs 16 --num-steps 128"
+ARMS = {  # name: flags, replacements (of one script, or {script: replacements})
+    "base": ("", ()),
+    "plain": (PLAIN, ()),
+    "plain-no-clip": (f"{PLAIN} --clip-coef inf", ()),
+    "plain-no-details": (f"{PLAIN} {NO_DETAILS}", HEAD_GAIN),
+    "plain-no-clip-no-details": (f"{PLAIN} --clip-coef inf {NO_DETAILS}", HEAD_GAIN),
+    "plain-kl-limit": (f"{PLAIN} --target-kl 0.02", ()),
+    "plain-no-clip-kl-limit": (f"{PLAIN} --clip-coef inf --target-kl 0.02", ()),
+    **{f"plain-epochs-{n}": (f"{PLAIN} --update-epochs {n}", ()) for n in (1, 2, 4, 20)},
+    "plain-epochs-20-no-clip": (f"{PLAIN} --update-epochs 20 --clip-coef inf", ()),
+    "plain-epochs-20-no-clip-kl-limit": (
+        f"{PLAIN} --update-epochs 20 --clip-coef inf --target-kl 0.02",
+        (),
+    ),
+    "plain-short": (f"{PLAIN} --total-timesteps 300000", ()),
+    "plain-short-epochs-100": (f"{PLAIN} --total-timesteps 300000 --update-epochs 100", EPOCHS),
+    **{f"plain-clip-{eps}": (f"{PLAIN} --clip-coef {eps}", ()) for eps in (0.05, 0.1, 0.3)},
+    **{f"plain-kl-penalty-{beta}": (PLAIN, kl_penalty(beta)) for beta in (0.3, 1, 3)},
+    "clip-vloss": ("--clip-vloss", ()),
+    "no-clip-vloss": ("--no-clip-vloss", ()),
+    "no-norm-adv": ("--no-norm-adv", ()),
+    **{f"ent-{coef}": (f"--ent-coef {coef}", ()) for coef in (0, 0.01, 0.05)},
+    **{f"lambda-{lam}": (f"--gae-lambda {lam}", ()) for lam in (0, 0.5, 0.9, 0.99, 1)},
+    "no-bootstrap": ("--no-bootstrap-truncated", ()),
+    "reset-rows": ("", RESET_ROWS),
+    "no-recompute": ("--no-recompute-advantages", ()),
+    "no-norm-obs": ("--no-norm-obs", ()),
+    "no-norm-reward": ("--no-norm-reward", ()),
+    "log-std-0": ("--initial-log-std 0", ()),
+    "head-gain-1": ("", HEAD_GAIN),
+    "no-anneal": ("--no-anneal-lr", ()),
+    **{name: (flags, ()) for name, flags in LADDER.items()},
+}
+REFERENCES = ("plain-short", "plain", "base")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    label: str
+    arm: str
+    base: str
+    tasks: tuple
+
+    @property
+    def reference(self):
+        return next(name for name in REFERENCES if self.base.startswith(name) or name == "base")
+
+
+@dataclass(frozen=True)
+class Claim:
+    number: int
+    name: str
+    text: str
+    prediction: str  # the verdict, and the sign of the effect, if the claim is right
+    comparisons: tuple
+    score: str = "score"  # or "mean_return", over the whole run
+
+
+def compared(base, tasks, **arms):
+    return tuple(Comparison(label, arm, base, tasks) for label, arm in arms.items())
+
+
+CLAIMS = [
+    Claim(
+        1,
+        "clip",
+        "Most of PPO's gain comes from code-level details, not from the clip",
+        "matters, negative: without the details is worse than without the clip",
+        (
+            *compared("plain-no-clip", TWO, no_details_against_no_clip="plain-no-details"),
+            *compared("plain", TWO, no_clip="plain-no-clip", no_details="plain-no-details"),
+            *compared("plain-no-details", TWO, neither="plain-no-clip-no-details"),
+            *compared("plain-kl-limit", TWO, no_clip_but_kl_limit="plain-no-clip-kl-limit"),
+        ),
+    ),
+    Claim(
+        2,
+        "value-clip",
+        "Clipping the value loss is not essential",
+        "does not matter",
+        (
+            *compared("no-clip-vloss", (LUNAR,), clip_vloss="base"),  # its default
+            *compared("base", MUJOCO, clip_vloss="clip-vloss"),
+        ),
+    ),
+    Claim(
+        3,
+        "norm-adv",
+        "Normalising advantages stabilises training dramatically",
+        "matters, negative",
+        compared("base", FOUR, no_norm_adv="no-norm-adv"),
+    ),
+    Claim(
+        4,
+        "epochs",
+        "Reusing a batch for several epochs is most of the sample efficiency",
+        "matters, negative: one epoch reaches less than half of what ten reach",
+        compared("plain", TWO, **{f"epochs_{n}": f"plain-epochs-{n}" for n in (1, 2, 4, 20)}),
+        score="mean_return",
+    ),
+    Claim(
+        5,
+        "hundred-epochs",
+        "With 100 epochs the clip saturates and the remaining epochs do nothing",
+        "does not matter, and clipfrac stays the same from epoch 20 to 100",
+        compared("plain-short", (HALF_CHEETAH,), epochs_100="plain-short-epochs-100"),
+    ),
+    Claim(
+        6,
+        "overfit",
+        "Many epochs with neither clip nor KL limit over-fit catastrophically",
+        "matters, negative",
+        (
+            *compared("plain-epochs-20", TWO, neither="plain-epochs-20-no-clip"),
+            *compared("plain-epochs-20", TWO, kl_limit="plain-epochs-20-no-clip-kl-limit"),
+            *compared("plain", TWO, epochs_10_no_clip="plain-no-clip"),
+        ),
+    ),
+    Claim(
+        7,
+        "clip-kl",
+        "The clip at ε keeps the KL of an update near ½ε²",
+        "mean approx_kl within a factor of 2 of ½ε² for each ε and task",
+        compared("plain", TWO, **{f"clip_{e}": f"plain-clip-{e}" for e in (0.05, 0.1, 0.3)}),
+    ),
+    Claim(
+        8,
+        "entropy",
+        "Without the entropy bonus the policy turns deterministic too early",
+        "matters, positive: 0.01 is better than none",
+        (
+            *compared("ent-0", (LUNAR,), ent_0_01="ent-0.01"),
+            *compared("base", MUJOCO, ent_0_01="ent-0.01", ent_0_05="ent-0.05"),
+            *compared("ent-0", (LUNAR,), ent_0_05="ent-0.05"),
+        ),
+    ),
+    Claim(
+        9,
+        "lambda",
+        "λ trades bias against variance, and 0.95 is a good setting",
+        "no other λ is better, and 0 and 1 are worse",
+        compared("base", FOUR, **{f"lambda_{x}": f"lambda-{x}" for x in (0, 0.5, 0.9, 0.99, 1)}),
+    ),
+    Claim(
+        10,
+        "time-limit",
+        "Treating a time limit as termination harms",
+        "matters, negative",
+        compared("base", ("Pendulum-v1", HALF_CHEETAH), no_bootstrap="no-bootstrap"),
+    ),
+    Claim(
+        11,
+        "reset-rows",
+        "Training on the reset rows of NEXT_STEP autoreset harms",
+        "matters, negative",
+        compared("base", (*SHORT_EPISODES, LUNAR), reset_rows="reset-rows"),
+    ),
+    Claim(
+        12,
+        "recompute",
+        "Recomputing advantages each epoch is worth it on MuJoCo",
+        "matters, negative",
+        compared("base", MUJOCO, no_recompute="no-recompute"),
+    ),
+    Claim(
+        13,
+        "normalisation",
+        "Observation and reward normalisation are crucial on MuJoCo",
+        "matters, negative, both",
+        compared("base", FOUR, no_norm_obs="no-norm-obs", no_norm_reward="no-norm-reward"),
+    ),
+    Claim(
+        14,
+        "start",
+        "Initial log σ, the policy head's gain and annealing the learning rate matter",
+        "matters, negative, each",
+        (
+            *compared("base", FOUR, head_gain_1="head-gain-1", no_anneal="no-anneal"),
+            *compared("base", MUJOCO, log_std_0="log-std-0"),
+        ),
+    ),
+    Claim(
+        15,
+        "ladder",
+        "What turns CleanRL's 1,443 on HalfCheetah into 5,000",
+        "none: the ladder is shown step by step",
+        compared("base", (HALF_CHEETAH,), **{name.replace("-", "_"): name for name in LADDER}),
+    ),
+    Claim(
+        16,
+        "kl-penalty",
+        "Clipping is a KL penalty in disguise, equally effective",
+        "does not matter, for the best β of each task",
+        compared("plain", TWO, **{f"beta_{b}": f"plain-kl-penalty-{b}" for b in (0.3, 1, 3)}),
+    ),
+]
+
+
+def run_of(task, arm, seed):
+    script, flags = TASKS[task]
+    more, edits = ARMS[arm]
+    edits = edits.get(script, ()) if isinstance(edits, dict) else edits
+    return Run("claims", f"{task}--{arm}", seed, script, task, f"{flags} {more}".strip(), edits)
+
+
+def runs_of(claims):
+    """Each run once, the first seeds of all arms first."""
+    pairs = {}  # (task, arm): seeds
+    for claim in claims:
+        for comparison in claim.comparisons:
+            for task in comparison.tasks:
+                for arm in (comparison.reference, comparison.base, comparison.arm):
+                    pairs[task, arm] = BASE_SEEDS if arm in REFERENCES else SEEDS
+    seeds = range(1, BASE_SEEDS + 1)
+    return [run_of(*pair, seed) for seed in seeds for pair in pairs if seed <= pairs[pair]]
+
+
+STUDIES = {f"claims-{claim.name}": runs_of([claim]) for claim in CLAIMS}
+STUDIES["claims"] = runs_of(CLAIMS)
+
+
+def bootstrap(scores, random_returns, rng, draws=10_000):
+    """Effects of {task: scores of (arm, base, reference)}: {task or "pooled": (effect, low, high)}.
+
+    An arm that is given twice, as base and reference, is resampled once.
+    """
+    found, samples = {}, []
+    for task, names in scores.items():
+        means = [np.mean(x) for x in names]
+        drawn = {id(x): rng.choice(x, (draws, len(x))).mean(1) for x in names}
+        arm, base, reference = (drawn[id(x)] for x in names)
+        samples.append((arm - base) / (reference - random_returns[task]))
+        effect = (means[0] - means[1]) / (means[2] - random_returns[task])
+        found[task] = (effect, *np.percentile(samples[-1], [2.5, 97.5]))
+    pooled = np.mean([effect for effect, _, _ in found.values()])
+    found["pooled"] = (pooled, *np.percentile(np.mean(samples, 0), [2.5, 97.5]))
+    return found
+
+
+def verdict(effects):
+    """Applies RULE to what `bootstrap` returns."""
+    tasks = [interval for task, interval in effects.items() if task != "pooled"]
+    effect, low, high = effects["pooled"]
+    if any(low > 0 for _, low, _ in tasks) and any(high < 0 for _, _, high in tasks):
+        return "depends on the task"
+    if (low > 0 or high < 0) and abs(effect) >= 0.05:
+        return "matters"
+    if -0.1 <= low and high <= 0.1:
+        return "does not matter"
+    return f"not settled (± {(high - low) / 2:.0%})"
+
+
+def random_returns(task, episodes=100):
+    env = gym.make(task)
+    env.action_space.seed(1)
+    returns = []
+    for episode in range(episodes):
+        env.reset(seed=episode)
+        score = done = 0
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            score += reward
+            done = terminated or truncated
+        returns.append(score)
+    return float(np.mean(returns))
+
+
+def main():
+    path = Path(__file__).parent / "results" / "claims-random.json"
+    path.write_text(json.dumps({task: random_returns(task) for task in TASKS}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

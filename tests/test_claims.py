@@ -1,0 +1,128 @@
+"""The studies of claims: each variant differs from its base as it should; the rule of verdicts."""
+
+import sys
+from pathlib import Path
+
+import environments  # noqa: F401, registers the environments
+import numpy as np
+import pytest
+import torch
+import tyro
+
+import ppo
+import ppo_continuous
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmark"))
+
+import claims  # noqa: E402 (the line above finds it)
+import run as runner  # noqa: E402
+
+SCRIPTS = {"ppo.py": ppo, "ppo_continuous.py": ppo_continuous}
+ARMS = {(run.script, *run.label.split("--")): run for run in claims.STUDIES["claims"]}
+
+
+def edited(tmp_path, script, edits):
+    run = claims.Run("study", "x", 1, script, "", edits=edits)
+    names = {"__name__": "edited"}
+    sys.modules["edited"] = type(sys)("edited")  # where dataclasses look
+    exec(compile(runner.edited_script(run, tmp_path).read_text(), "edited", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("run", ARMS.values(), ids=lambda run: run.label)
+def test_every_arm_can_start_and_differs_from_its_reference(tmp_path, run):
+    compile(runner.edited_script(run, tmp_path).read_text(), run.script, "exec")
+    args = tyro.cli(SCRIPTS[run.script].Args, args=f"--env-id {run.env_id} {run.flags}".split())
+    task, arm = run.label.split("--")
+    reference = next(name for name in claims.REFERENCES if arm.startswith(name) or name == "base")
+    same = tyro.cli(
+        SCRIPTS[run.script].Args,
+        args=f"--env-id {task} {claims.run_of(task, reference, 1).flags}".split(),
+    )
+    differs = args != same or bool(run.edits)
+    already = {(claims.LUNAR, "base"): "clip-vloss", (claims.HALF_CHEETAH, "base"): "no-clip-vloss"}
+    assert differs == (arm not in (reference, already.get((task, reference))))
+
+
+def test_every_claim_has_five_seeds_of_each_arm_and_twenty_of_its_reference():
+    for claim in claims.CLAIMS:
+        runs = claims.STUDIES[f"claims-{claim.name}"]
+        assert len({run.name for run in runs}) == len(runs)
+        for comparison in claim.comparisons:
+            for task in comparison.tasks:
+                for arm in (comparison.arm, comparison.base, comparison.reference):
+                    seeds = [run.seed for run in runs if run.label == f"{task}--{arm}"]
+                    count = 20 if arm in claims.REFERENCES else 5
+                    assert sorted(seeds) == list(range(1, count + 1))
+
+
+def test_reset_rows_are_learned_from_and_counted(tmp_path):
+    """One-step episodes: every second row only resets."""
+    names = edited(tmp_path, "ppo.py", claims.RESET_ROWS)
+    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
+    flags = sizes | {"env_id": "StubShort-v0", "total_timesteps": 16}
+    flags |= {"norm_obs": True, "norm_reward": True}
+    counts = []
+    for module in (vars(ppo), names):
+        seen, loss = [], module["ppo_loss"]
+        module["ppo_loss"] = lambda agent, batch, args, loss=loss, seen=seen: (
+            seen.append(batch["x"]) or loss(agent, batch, args)
+        )
+        run_dir = module["train"](module["Args"](runs_dir=str(tmp_path / "runs"), **flags))
+        module["ppo_loss"] = loss
+        state = torch.load(run_dir / "checkpoint.pt")["agent"]
+        (x,) = seen
+        rows = [state["obs_stats.count"].item(), state["return_stats.count"].item()]
+        counts.append([len(x.unique(dim=0)), *np.round(rows).astype(int)])
+    assert counts == [[8, 8, 8], [16, 16, 16]]
+
+
+def test_the_penalty_takes_the_place_of_the_clip(tmp_path):
+    names = edited(tmp_path, "ppo_continuous.py", claims.kl_penalty(3))
+    agent = type("Agent", (), {})()
+    log_ratio = torch.tensor([0.5, -0.5])
+    agent.evaluate_actions = lambda x, actions: (log_ratio, torch.zeros(2))
+    agent.value = lambda x: torch.zeros(2)
+    columns = {"advantages": torch.tensor([1.0, 2.0]), "old_log_probs": torch.zeros(2)}
+    batch = columns | dict.fromkeys(["x", "actions", "old_values", "returns"], torch.zeros(2))
+    args = names["Args"](norm_adv=False)
+    _, logged = names["ppo_loss"](agent, batch, args)
+    ratio = np.exp([0.5, -0.5])
+    expected = (3 * (ratio - 1 - [0.5, -0.5]) - ratio * [1, 2]).mean()
+    assert logged["policy_loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_epoch_has_columns_of_its_own(tmp_path):
+    names = edited(tmp_path, "ppo_continuous.py", claims.EPOCHS)
+    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 16}
+    flags = sizes | {"update_epochs": 100, "target_kl": None, "env_id": "Pendulum-v1"}
+    run_dir = names["train"](names["Args"](runs_dir=str(tmp_path / "runs"), **flags))
+    row = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)
+    assert row["approx_kl_in_epoch_100"] > row["approx_kl_in_epoch_1"] > 0
+    assert 0 <= row["clipfrac_in_epoch_1"] <= row["clipfrac_in_epoch_100"]
+
+
+def test_the_policy_head_begins_large(tmp_path):
+    names = edited(tmp_path, "ppo_continuous.py", claims.HEAD_GAIN["ppo_continuous.py"])
+    envs = names["make_envs"](names["Args"](env_id="Pendulum-v1"))
+    agent = names["Agent"](envs.single_observation_space, envs.single_action_space, True, 0, True)
+    assert agent.actor[-1].weight.norm().item() == pytest.approx(1)
+
+
+def test_effects_and_verdicts():
+    rng = np.random.default_rng(0)
+    base, better, worse = np.full(20, 110.0), np.full(5, 160.0), np.full(5, 60.0)
+    returns = {"a": 10.0, "b": 10.0}
+    effects = claims.bootstrap({"a": (better, base, base)}, returns, rng)
+    assert effects == {"a": (0.5, 0.5, 0.5), "pooled": (0.5, 0.5, 0.5)}
+    assert claims.verdict(effects) == "matters"
+    both = {"a": (better, base, base), "b": (worse, base, base)}
+    effects = claims.bootstrap(both, returns, rng)
+    assert effects["pooled"][0] == 0 and claims.verdict(effects) == "depends on the task"
+    other = {"a": (better, worse, base)}  # the scale is that of the reference
+    assert claims.bootstrap(other, returns, rng)["a"][0] == 1
+    noisy = np.array([0.0, 220.0] * 10)
+    effects = claims.bootstrap({"a": (noisy[:5] + 1, noisy, noisy)}, returns, rng)
+    assert claims.verdict(effects).startswith("not settled (± ")
+    small = claims.bootstrap({"a": (base[:5] + 2, base, base)}, returns, rng)
+    assert claims.verdict(small) == "does not matter"  # 2 %, whatever the interval
