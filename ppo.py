@@ -58,7 +58,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
     max_grad_norm: float = 0.5  # scale longer gradients down to this; inf: never
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
-    norm_reward: bool = False  # divide rewards by the running std of returns, (rew-norm)
+    norm_reward: bool = False  # divide rewards by the std of their running sums, (rew-norm)
     reference: str | None = None  # run directory of an agent to start from and to stay close to
     kl_coef: float = 0.0  # β: penalty for drifting away from the reference, (kl-ref)
 
@@ -193,7 +193,7 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, D) → actions (B,): sampled from π, or the most probable ones."""
         scores = self.actor(x)
-        if not greedy:  # the Gumbel-max trick, twice as fast as torch's sampling
+        if not greedy:  # with Gumbel noise, the argmax is a sample of π; faster than torch's
             scores = scores - torch.empty_like(scores).exponential_().log()
         return scores.argmax(-1)
 
@@ -211,8 +211,8 @@ class Agent(nn.Module):
 def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
-    Clipping and Adam then take one operation instead of one per layer: a quarter less time for a
-    small network. Call it after agent.to(device); zero the gradient in place, never set it to None.
+    Only for speed: clipping and Adam then take one operation instead of one per layer. Call it
+    after agent.to(device), and zero the gradient in place: None would break the views.
     """
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -231,8 +231,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (td)   δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
-    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). Only after termination
-    can no reward follow; a time limit (done, but not terminated) merely stops the episode.
+    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). After termination no
+    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for those to come.
     """
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
@@ -283,7 +283,7 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], noisy
+        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], the old, noisy estimate
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): E[ρ − 1 − log ρ], never negative
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
         "max_ratio_dev": ratio_dev.abs().max(),
@@ -334,7 +334,7 @@ def train(args):
 
     # The environments use numpy, so a rollout is recorded in numpy arrays.
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
-    done = np.zeros((T + 1, N), bool)  # done[t]: obs[t] is an episode's last, so step t only resets
+    done = np.zeros((T + 1, N), bool)  # done[t+1]: step t ended; if done[t], step t only resets
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
@@ -345,7 +345,7 @@ def train(args):
         shutil.copytree(args.reference, run_dir / "reference")  # the run needs no other directory
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes short, so they are at least ten full episodes apart.
+    # Checkpoints cut episodes short, so they are at least ten time limits apart, if there is one.
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
@@ -380,7 +380,7 @@ def train(args):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # step t resets, ends
         scaled = to_tensor(rewards).float()
-        if reference is not None:  # (kl-ref): the frozen reference is a second trust region
+        if reference is not None:  # (kl-ref): a penalty for drifting from the reference
             reference_x = reference.normalize(to_tensor(obs[:-1]))
             reference_log_probs, _ = reference.evaluate_actions(reference_x, to_tensor(actions))
             drift = (log_probs - reference_log_probs) * ~resets
@@ -404,7 +404,7 @@ def train(args):
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, in place of the dropped ones, so that no shape ever changes.
+        # Some rows are used twice, in place of the dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for _ in range(args.update_epochs):

@@ -222,7 +222,7 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
         scores = self.actor(x)
-        if not greedy:  # the Gumbel-max trick, twice as fast as torch's sampling
+        if not greedy:  # with Gumbel noise, the argmax is a sample of π; faster than torch's
             scores = scores - torch.empty_like(scores).exponential_().log()
         return scores.argmax(-1)
 
@@ -240,8 +240,8 @@ class Agent(nn.Module):
 def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
-    Clipping, Adam and torchrun's averaging then take one operation instead of one per layer. Call
-    it after agent.to(device); zero the gradient in place, never set it to None.
+    Only for speed: clipping, Adam and averaging then take one operation instead of one per layer.
+    Call it after agent.to(device), and zero the gradient in place: None would break the views.
     """
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -260,8 +260,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (td)   δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
-    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). Only after termination
-    can no reward follow; a time limit (done, but not terminated) merely stops the episode.
+    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). After termination no
+    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for those to come.
     """
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
@@ -313,7 +313,7 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], noisy
+        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], the old, noisy estimate
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): E[ρ − 1 − log ρ], never negative
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
         "max_ratio_dev": ratio_dev.abs().max(),
@@ -423,7 +423,7 @@ def train(args):
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, in place of the dropped ones, so that no shape ever changes.
+        # Some rows are used twice, in place of the dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for _ in range(args.update_epochs):

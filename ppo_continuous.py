@@ -58,7 +58,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
     max_grad_norm: float = 0.5  # scale longer gradients down to this; inf: never
     target_kl: float | None = 0.02  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = True  # normalise observations by running mean and variance, (obs-norm)
-    norm_reward: bool = True  # divide rewards by the running std of returns, (rew-norm)
+    norm_reward: bool = True  # divide rewards by the std of their running sums, (rew-norm)
     initial_log_std: float = -0.5  # logarithm of the initial standard deviation of the actions
     rescale_actions: bool = True  # map [-1, 1] to the range of the actions, (action-map); off: clip
     recompute_advantages: bool = True  # before each epoch, with the critic of that moment
@@ -222,8 +222,8 @@ class Agent(nn.Module):
 def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
-    Clipping and Adam then take one operation instead of one per layer: a quarter less time for a
-    small network. Call it after agent.to(device); zero the gradient in place, never set it to None.
+    Only for speed: clipping and Adam then take one operation instead of one per layer. Call it
+    after agent.to(device), and zero the gradient in place: None would break the views.
     """
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -242,8 +242,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (td)   δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
-    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). Only after termination
-    can no reward follow; a time limit (done, but not terminated) merely stops the episode.
+    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). After termination no
+    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for those to come.
     """
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
@@ -294,7 +294,7 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], noisy
+        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], the old, noisy estimate
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): E[ρ − 1 − log ρ], never negative
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
         "max_ratio_dev": ratio_dev.abs().max(),
@@ -339,7 +339,7 @@ def train(args):
 
     # The environments use numpy, so a rollout is recorded in numpy arrays.
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
-    done = np.zeros((T + 1, N), bool)  # done[t]: obs[t] is an episode's last, so step t only resets
+    done = np.zeros((T + 1, N), bool)  # done[t+1]: step t ended; if done[t], step t only resets
     actions = np.zeros((T, N, len(agent.log_std)), np.float32)
     rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
@@ -348,7 +348,7 @@ def train(args):
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes short, so they are at least ten full episodes apart.
+    # Checkpoints cut episodes short, so they are at least ten time limits apart, if there is one.
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
@@ -403,7 +403,7 @@ def train(args):
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, in place of the dropped ones, so that no shape ever changes.
+        # Some rows are used twice, in place of the dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for epoch in range(args.update_epochs):
