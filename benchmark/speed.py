@@ -130,7 +130,9 @@ def main():
     }
     if args.cleanrl and args.python:
         programs["CleanRL"] = lambda: cleanrl(steps, args.python, args.cleanrl)
-    if script == "ppo":
+    if script == "ppo":  # sync: environments in Python, as the peers have them
+        sync = lambda: ours(script, steps, *same, "--vectorization-mode", "sync")
+        programs["ppo.py --vectorization-mode sync"] = sync
         programs["ppo.py --num-envs 32"] = lambda: ours(script, 8 * steps, "--num-envs", "32")
     elif script == "ppo_continuous":
         whole = 1_000_000  # the limit of the KL ends more of the later updates early
