@@ -415,8 +415,7 @@ def train(args):
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
                 loss.backward()
-                # The same as nn.utils.clip_grad_norm_, but faster.
-                grad_norm = parameters.grad.norm()
+                grad_norm = parameters.grad.norm()  # as clip_grad_norm_ does, but faster
                 parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                 optimizer.step()
                 logged["grad_norm"] = grad_norm

@@ -180,8 +180,7 @@ def supports_bf16(device):
     """Whether the hardware supports bfloat16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(torch.cpu.get_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def orthogonal(layer, gain=2**0.5):
@@ -350,8 +349,7 @@ def train(args):
     loss_function = torch.compile(ppo_loss, mode=mode) if args.compile else ppo_loss
     features = torch.compile(agent.features, mode=mode) if args.compile else agent.features
 
-    # Channels last, which makes convolutions faster.
-    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)  # channels last
     # The environments use numpy, so the rest of a rollout is recorded in numpy arrays.
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N))
@@ -437,8 +435,7 @@ def train(args):
                 if WORLD_SIZE > 1:
                     dist.all_reduce(parameters.grad)
                     parameters.grad /= WORLD_SIZE
-                # The same as nn.utils.clip_grad_norm_, but faster.
-                grad_norm = parameters.grad.norm()
+                grad_norm = parameters.grad.norm()  # as clip_grad_norm_ does, but faster
                 parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
                 optimizer.step()
                 logged["grad_norm"] = grad_norm
@@ -478,9 +475,9 @@ def evaluate(agent, args):
     envs, obs = start_envs(args, 0)
     if args.capture_video:  # the same games once more, in colour
         twin, _ = start_envs(args, 0, for_film=True)
-        folder = Path(args.evaluate, "videos")
-        folder.mkdir(exist_ok=True)
-        film = FFMPEG_VideoWriter(str(folder / f"{time.time_ns()}.mp4"), (160, 210), fps=15)
+        os.makedirs(f"{args.evaluate}/videos", exist_ok=True)
+        path = f"{args.evaluate}/videos/{time.time_ns()}.mp4"
+        film = FFMPEG_VideoWriter(path, (160, 210), fps=15)
     score = np.zeros(args.num_envs)
     finished = [[] for _ in range(args.num_envs)]
     while min(len(returns) for returns in finished) < args.eval_episodes:
