@@ -138,6 +138,7 @@ def summary(run, run_dir):
         metrics[name] = [None if mean is None else rounded(mean, 4) for mean in means]
     return {
         "flags": flags,
+        "edits": [new for _, new in run.edits],
         "score": rounded(returns[-100:].mean()),  # the last 100 episodes
         "mean_return": rounded(np.mean([point for point in curve if point is not None])),
         "steps": total,
