@@ -101,12 +101,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
             if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
                 problem = f"must divide {rows} steps into equal parts of at least 2"
                 raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch finds no GPU")
-        if (self.greedy or self.capture_video) and not self.evaluate:
+        if (self.greedy or self.capture_video) and self.evaluate is None:
             raise UsageError("--greedy and --capture-video need --evaluate")
-        if self.resume and self.evaluate:
-            raise UsageError("--resume and --evaluate exclude each other")
 
 
 class UsageError(ValueError):
@@ -260,8 +256,7 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). After termination no
-    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for those to come.
-    """
+    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for the rest."""
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
     advantages, advantage = [], 0
@@ -330,10 +325,11 @@ def train(args):
     """Trains an agent, or continues the run in args.resume; returns the run directory."""
     T, N = args.num_steps, args.num_envs
     batch_size = T * N
-    minibatch_size = batch_size // args.num_minibatches
     steps = batch_size * WORLD_SIZE  # per iteration, in all processes
     iterations = args.total_timesteps // steps
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU")
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(LOCAL_RANK)  # "cuda" now means this GPU
@@ -380,7 +376,7 @@ def train(args):
             envs, first_obs = start_envs(args, iteration)
             obs[T] = torch.from_numpy(first_obs).movedim(1, -1)
             if RANK == 0:
-                logger.start_episodes(N)
+                logger.score, logger.length = np.zeros(N), np.zeros(N, int)  # of running games
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -427,7 +423,7 @@ def train(args):
         for _ in range(args.update_epochs):
             order = torch.randperm(rows, device=device)[fill_up]
             epoch_kl = 0
-            for part in order.split(minibatch_size):
+            for part in order.chunk(args.num_minibatches):
                 minibatch = {name: column.index_select(0, part) for name, column in batch.items()}
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
@@ -478,24 +474,22 @@ def evaluate(agent, args):
         os.makedirs(f"{args.evaluate}/videos", exist_ok=True)
         path = f"{args.evaluate}/videos/{time.time_ns()}.mp4"
         film = FFMPEG_VideoWriter(path, (160, 210), fps=15)
-    score = np.zeros(args.num_envs)
-    finished = [[] for _ in range(args.num_envs)]
-    while min(len(returns) for returns in finished) < args.eval_episodes:
+    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # the last column is not counted
+    episode = np.zeros(args.num_envs, int)  # that each environment plays, from 0
+    while episode.min() < args.eval_episodes:
         x = agent.features(torch.from_numpy(obs))
         actions = agent.act(x, args.greedy).numpy()
         obs, reward, _, _, info = envs.step(actions)
-        for n in np.flatnonzero(info["new_game"]):  # the step before ended the game
-            finished[n].append(score[n])
-            score[n] = 0
-        score += reward
-        if args.capture_video and len(finished[0]) < args.eval_episodes:
+        episode = np.minimum(episode + info["new_game"], args.eval_episodes)
+        scores[np.arange(args.num_envs), episode] += reward
+        if args.capture_video and episode[0] < args.eval_episodes:
             pictures, *_ = twin.step(actions)
             film.write_frame(pictures[0, 0])
     if args.capture_video:
         film.close()
         twin.close()
     envs.close()
-    return np.array([returns[: args.eval_episodes] for returns in finished])
+    return scores[:, :-1]
 
 
 # ---------- Runs ----------
@@ -520,8 +514,6 @@ def open_run(args, agent, optimizer):
     except OSError as error:
         raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    for name in LOGS:
-        (run_dir / name).touch()
     return run_dir, 0, 0.0
 
 
@@ -539,9 +531,8 @@ def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
 def load_run(run_dir):
     """The Args and the checkpoint of a run; raises UsageError if they cannot be read."""
     try:
-        flags = json.loads(Path(run_dir, "args.json").read_text())
-        flags["device"] = flags["device"].replace("cuda", "auto")  # there may be no GPU here
-        return Args(**flags), torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
+        args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
+        return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
         raise UsageError(f"{run_dir} is not a run directory of {SCRIPT}: {error!r:.200}") from error
 
@@ -562,7 +553,7 @@ class Logger:
 
     def __init__(self, args, run_dir, step, total_steps):
         print(f"Training in {run_dir}. To continue, add --resume {run_dir}", flush=True)
-        self.run_dir = run_dir
+        self.files = [open(run_dir / name, "a", newline="") for name in LOGS]
         line = "{n_fmt} of {total_fmt} steps{postfix}, {rate_fmt}, {remaining} left\n"
         options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
         self.bar = tqdm(initial=step, total=total_steps, unit=" steps", **options)
@@ -574,10 +565,6 @@ class Logger:
             mode = os.environ.get("WANDB_MODE", fallback)
             run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
             self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
-
-    def start_episodes(self, num_envs):
-        """Forgets the running games."""
-        self.score, self.length = np.zeros(num_envs), np.zeros(num_envs, int)
 
     def log(self, metrics, rewards, new_game):
         """Writes metrics and the games of a rollout: rewards, new_game (T, N)."""
@@ -594,12 +581,12 @@ class Logger:
         metrics["episodes"] = len(episodes)
         for name in ("episodic_return", "episodic_length"):
             metrics[name] = np.mean([episode[name] for episode in episodes]) if episodes else None
-        for name, rows in zip(LOGS, ([metrics], episodes)):
-            with open(self.run_dir / name, "a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0] if rows else [])
-                if rows and file.tell() == 0:
-                    writer.writeheader()
-                writer.writerows(rows)
+        for file, rows in zip(self.files, ([metrics], episodes)):
+            writer = csv.DictWriter(file, rows[0] if rows else [])
+            if rows and file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
         if self.wandb:
             self.wandb.log(metrics, step=metrics["global_step"])
         if episodes:
@@ -608,21 +595,19 @@ class Logger:
 
 
 # ---------- Command line ----------
-# Flags that may differ from the run's, with --resume or --evaluate:
-MAY_DIFFER = {"resume", "evaluate", "device", "threads", "track"}
-MAY_DIFFER_IN_EVALUATION = {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
-
-
 def main():
-    """Exit status: 0 done, 1 other error, 2 bad input, 130 Ctrl-C."""
+    """Exit status: 0 done, 1 error, 2 bad input."""
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:
-            saved, _ = load_run(args.evaluate if args.resume is None else args.resume)
+            saved, _ = load_run(args.resume if args.evaluate is None else args.evaluate)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
-            allowed = MAY_DIFFER | (MAY_DIFFER_IN_EVALUATION if args.evaluate else set())
+            may_differ = {"resume", "device", "threads", "track"}
+            if args.evaluate is not None:
+                may_differ = {"evaluate", "device", "threads", "num_envs", "seed"}
+                may_differ |= {"eval_episodes", "greedy", "capture_video"}
             for name, value in vars(saved).items():
-                if getattr(args, name) != value and name not in allowed:
+                if getattr(args, name) != value and name not in may_differ:
                     flag = "--" + name.replace("_", "-")
                     raise UsageError(f"{flag} {getattr(args, name)}: the run has {value}")
         if args.evaluate is None:
@@ -634,8 +619,6 @@ def main():
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

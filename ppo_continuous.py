@@ -37,7 +37,7 @@ LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
 @dataclass
 class Args:  # tyro makes each field a flag, its comment the help text
     env_id: str = "HalfCheetah-v5"  # environment with continuous actions, or my_module:MyEnv-v0
-    vectorization_mode: Literal["auto", "sync", "async"] = "auto"  # auto: native, else sync
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: native, else sync
     total_timesteps: int = 1_000_000  # steps of all environments, rounded down to whole rollouts
     num_envs: int = 16  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
@@ -92,12 +92,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
             if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
                 problem = f"must divide {rows} steps into equal parts of at least 2"
                 raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch finds no GPU")
-        if (self.greedy or self.capture_video) and not self.evaluate:
+        if (self.greedy or self.capture_video) and self.evaluate is None:
             raise UsageError("--greedy and --capture-video need --evaluate")
-        if self.resume and self.evaluate:
-            raise UsageError("--resume and --evaluate exclude each other")
 
 
 class UsageError(ValueError):
@@ -108,10 +104,9 @@ class UsageError(ValueError):
 def make_envs(args):
     """A gymnasium VectorEnv of args.num_envs environments with flat observations (N, D)."""
     flag = f"--env-id {args.env_id}"
-    mode = None if args.vectorization_mode == "auto" else args.vectorization_mode
     options = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
-        envs = gym.make_vec(args.env_id, args.num_envs, vectorization_mode=mode, **options)
+        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **options)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(f"{flag}: {error}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
@@ -160,15 +155,11 @@ class RunningStats(nn.Module):
 
 def mlp(inputs, outputs, output_gain):
     """Two hidden layers of 64 tanh units; orthogonal weights, zero biases."""
-    sizes = [inputs, 64, 64, outputs]
-    gains = [math.sqrt(2), math.sqrt(2), output_gain]
-    layers = []
-    for size_in, size_out, gain in zip(sizes, sizes[1:], gains):
-        linear = nn.Linear(size_in, size_out)
-        nn.init.orthogonal_(linear.weight, gain)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])  # no tanh after the output
+    layers = [nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+    for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), output_gain]):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
 
 class Agent(nn.Module):
@@ -223,8 +214,7 @@ def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
     Only for speed: clipping and Adam then take one operation instead of one per layer. Call it
-    after agent.to(device), and zero the gradient in place: None would break the views.
-    """
+    after agent.to(device), and zero the gradient in place: None would break the views."""
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     vector.grad = torch.zeros_like(vector)
@@ -243,8 +233,7 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). After termination no
-    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for those to come.
-    """
+    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for the rest."""
     deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
     decays = gamma * gae_lambda * (1 - done.to(values))
     advantages, advantage = [], 0
@@ -323,9 +312,10 @@ def train(args):
     """Trains an agent, or continues the run in args.resume; returns the run directory."""
     T, N = args.num_steps, args.num_envs
     batch_size = T * N
-    minibatch_size = batch_size // args.num_minibatches
     iterations = args.total_timesteps // batch_size
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU")
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # for the initial weights
@@ -360,8 +350,8 @@ def train(args):
             envs.close()
             envs, obs[T] = start_envs(args, iteration)
             done[T] = False
-            running_sum = torch.zeros(N, device=device)
-            logger.start_episodes(N)
+            sums = torch.zeros(N, device=device)  # of discounted rewards, for (rew-norm)
+            logger.score, logger.length = np.zeros(N), np.zeros(N, int)  # of running episodes
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -385,8 +375,7 @@ def train(args):
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # step t resets, ends
         scaled = to_tensor(rewards).float()
         if args.norm_reward:
-            stats = agent.return_stats
-            scaled, running_sum = scale_rewards(scaled, resets, stats, args.gamma, running_sum)
+            scaled, sums = scale_rewards(scaled, resets, agent.return_stats, args.gamma, sums)
         final = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -416,7 +405,7 @@ def train(args):
                 batch["returns"] = (advantages + values[:-1])[~resets]
             order = torch.randperm(rows, device=device)[fill_up]
             epoch_kl = 0
-            for part in order.split(minibatch_size):
+            for part in order.chunk(args.num_minibatches):
                 minibatch = {name: column.index_select(0, part) for name, column in batch.items()}
                 loss, logged = loss_function(agent, minibatch, args)
                 parameters.grad.zero_()
@@ -455,18 +444,16 @@ def train(args):
 def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, eval_episodes)."""
     envs, obs = start_envs(args, 0)
-    score = np.zeros(args.num_envs)
-    finished = [[] for _ in range(args.num_envs)]
-    while min(len(returns) for returns in finished) < args.eval_episodes:
+    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # the last column is not counted
+    episode = np.zeros(args.num_envs, int)  # that each environment plays, from 0
+    while episode.min() < args.eval_episodes:
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
         actions = agent.act(x, args.greedy).numpy()
         obs, reward, terminated, truncated, _ = envs.step(agent.env_action(actions))
-        score += reward
-        for n in np.flatnonzero(terminated | truncated):
-            finished[n].append(score[n])
-            score[n] = 0  # the next step only resets, with reward 0
+        scores[np.arange(args.num_envs), episode] += reward
+        episode = np.minimum(episode + (terminated | truncated), args.eval_episodes)
     envs.close()
-    return np.array([returns[: args.eval_episodes] for returns in finished])
+    return scores[:, :-1]
 
 
 # ---------- Runs ----------
@@ -487,8 +474,6 @@ def open_run(args, agent, optimizer):
     except OSError as error:
         raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    for name in LOGS:
-        (run_dir / name).touch()
     return run_dir, 0, 0.0
 
 
@@ -504,9 +489,8 @@ def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
 def load_run(run_dir):
     """The Args and the checkpoint of a run; raises UsageError if they cannot be read."""
     try:
-        flags = json.loads(Path(run_dir, "args.json").read_text())
-        flags["device"] = flags["device"].replace("cuda", "auto")  # there may be no GPU here
-        return Args(**flags), torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
+        args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
+        return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
         raise UsageError(f"{run_dir} is not a run directory of {SCRIPT}: {error!r:.200}") from error
 
@@ -528,7 +512,7 @@ class Logger:
 
     def __init__(self, args, run_dir, step, total_steps):
         print(f"Training in {run_dir}. To continue: python {SCRIPT} --resume {run_dir}", flush=True)
-        self.run_dir = run_dir
+        self.files = [open(run_dir / name, "a", newline="") for name in LOGS]
         line = "{n_fmt} of {total_fmt} steps{postfix}, {rate_fmt}, {remaining} left\n"
         options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
         self.bar = tqdm(initial=step, total=total_steps, unit=" steps", **options)
@@ -540,10 +524,6 @@ class Logger:
             mode = os.environ.get("WANDB_MODE", fallback)
             run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
             self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
-
-    def start_episodes(self, num_envs):
-        """Forgets the running episodes."""
-        self.score, self.length = np.zeros(num_envs), np.zeros(num_envs, int)
 
     def log(self, metrics, rewards, done):
         """Writes metrics and the episodes of a rollout: rewards (T, N), done (T+1, N)."""
@@ -560,12 +540,12 @@ class Logger:
         metrics["episodes"] = len(episodes)
         for name in ("episodic_return", "episodic_length"):
             metrics[name] = np.mean([episode[name] for episode in episodes]) if episodes else None
-        for name, rows in zip(LOGS, ([metrics], episodes)):
-            with open(self.run_dir / name, "a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0] if rows else [])
-                if rows and file.tell() == 0:
-                    writer.writeheader()
-                writer.writerows(rows)
+        for file, rows in zip(self.files, ([metrics], episodes)):
+            writer = csv.DictWriter(file, rows[0] if rows else [])
+            if rows and file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
         if self.wandb:
             self.wandb.log(metrics, step=metrics["global_step"])
         if episodes:
@@ -574,21 +554,19 @@ class Logger:
 
 
 # ---------- Command line ----------
-# Flags that may differ from the run's, with --resume or --evaluate:
-MAY_DIFFER = {"resume", "evaluate", "device", "threads", "track"}
-MAY_DIFFER_IN_EVALUATION = {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
-
-
 def main():
-    """Exit status: 0 done, 1 other error, 2 bad input, 130 Ctrl-C."""
+    """Exit status: 0 done, 1 error, 2 bad input."""
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:
-            saved, _ = load_run(args.evaluate if args.resume is None else args.resume)
+            saved, _ = load_run(args.resume if args.evaluate is None else args.evaluate)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
-            allowed = MAY_DIFFER | (MAY_DIFFER_IN_EVALUATION if args.evaluate else set())
+            may_differ = {"resume", "device", "threads", "track"}
+            if args.evaluate is not None:
+                may_differ = {"evaluate", "device", "threads", "num_envs", "seed"}
+                may_differ |= {"eval_episodes", "greedy", "capture_video"}
             for name, value in vars(saved).items():
-                if getattr(args, name) != value and name not in allowed:
+                if getattr(args, name) != value and name not in may_differ:
                     flag = "--" + name.replace("_", "-")
                     raise UsageError(f"{flag} {getattr(args, name)}: the run has {value}")
         if args.evaluate is None:
@@ -600,8 +578,6 @@ def main():
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ SELECTION_TASKS = "Hopper-v5 Swimmer-v5 Walker2d-v5 HalfCheetah-v5 Reacher-v5".s
 SELECTION_TASKS += ["InvertedDoublePendulum-v5", "Ant-v4", "InvertedPendulum-v5", "Humanoid-v5"]
 WIDE_CRITIC = (  # replaced in ppo_continuous.py: a critic with 256 units a layer
     ("def mlp(inputs, outputs, output_gain):", "def mlp(inputs, outputs, output_gain, units=64):"),
-    ("sizes = [inputs, 64, 64, outputs]", "sizes = [inputs, units, units, outputs]"),
+    (
+        "[nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]",
+        "[nn.Linear(inputs, units), nn.Linear(units, units), nn.Linear(units, outputs)]",
+    ),
     ("mlp(observation_space.shape[0], 1, 1.0)", "mlp(observation_space.shape[0], 1, 1.0, 256)"),
 )
 CANDIDATES = {  # label: flags, replacements in the source

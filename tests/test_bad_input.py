@@ -273,12 +273,12 @@ def test_a_run_from_a_machine_with_a_gpu(call, saved, monkeypatch):
     flags = json.loads((saved / "args.json").read_text())
     (saved / "args.json").write_text(json.dumps(flags | {"device": "cuda"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert call("--evaluate", saved)[0] == call("--resume", saved)[0] == 0
+    assert call("--evaluate", saved)[0] == call("--resume", saved, "--device", "cpu")[0] == 0
 
 
-def test_resume_together_with_evaluate(refused_flag):
-    message = "--resume and --evaluate exclude each other"
-    assert message in refused_flag("--resume", "runs", "--evaluate", "runs")
+def test_resume_together_with_evaluate(refused_line, finished):
+    line = refused_line("--resume", finished, "--evaluate", finished)
+    assert line == f"--resume {finished}: the run has None"
 
 
 # The real program, and the import

@@ -24,9 +24,9 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SIZES = {  # at most so many lines, characters, and lines of train
-    "ppo.py": (609, 31_100, 135),  # 20 of them for --reference
-    "ppo_continuous.py": (616, 31_700, 129),
-    "ppo_atari.py": (650, 32_800, 140),
+    "ppo.py": (585, 30_300, 135),  # 20 of them for --reference
+    "ppo_continuous.py": (592, 30_800, 129),
+    "ppo_atari.py": (633, 32_100, 141),
 }
 SECTIONS = ["Flags", "Environments", "Agent", "Equations", "Training", "Evaluation", "Runs"]
 SECTIONS += ["Command line"]
@@ -46,13 +46,13 @@ DIFFER = {
     "load_agent",
 }
 ATARI = {"start_envs", "Agent.value", "flat_parameters", "ppo_loss", "open_run"}
-ATARI |= {"save_checkpoint", "Logger.__init__", "Logger.start_episodes", "Logger.log"}
+ATARI |= {"save_checkpoint", "Logger.__init__", "Logger.log"}
 DIFFERENT = {"ppo_continuous.py": DIFFER, "ppo_atari.py": DIFFER | ATARI}
 MISSING = {
     "ppo_continuous.py": set(),
     "ppo_atari.py": {"RunningStats", "mlp", "Agent.normalize", "scale_rewards"},
 }
-LINES = {"ppo_continuous.py": 32, "ppo_atari.py": 101}  # of train that differ, on either side
+LINES = {"ppo_continuous.py": 32, "ppo_atari.py": 102}  # of train that differ, on either side
 
 ONLY_HERE = {
     "ppo_continuous.py": {"initial_log_std", "rescale_actions", "recompute_advantages"},

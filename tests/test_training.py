@@ -375,7 +375,7 @@ def test_every_stretch_between_checkpoints_has_environments_and_randomness_of_it
 
 @pytest.mark.parametrize(
     ("env_id", "mode"),
-    [("CartPole-v1", "auto"), ("Acrobot-v1", "async"), ("environments:Walker-v0", "sync")],
+    [("CartPole-v1", None), ("Acrobot-v1", "async"), ("environments:Walker-v0", "sync")],
 )
 def test_a_killed_run_resumes_exactly(tmp_path, env_id, mode):
     flags = {"env_id": env_id, "vectorization_mode": mode, "total_timesteps": 12288}
