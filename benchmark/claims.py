@@ -155,6 +155,39 @@ def compared(base, tasks, **arms):
     return tuple(Comparison(label, arm, base, tasks) for label, arm in arms.items())
 
 
+SOURCES = {  # claim: what others found; benchmark/README.md has the addresses
+    "clip": (
+        "[Engstrom]: the clip is not necessary; [Andrychowicz]: the clipped loss is best on "
+        "four of five tasks; [Sun]: early stopping without a clip beats PPO"
+    ),
+    "value-clip": "[Andrychowicz]: it hurts; Tianshou: no difference",
+    "norm-adv": (
+        "[Andrychowicz]: little effect; [2412.07165]: it helps, and makes tuning more sensitive"
+    ),
+    "epochs": "[Andrychowicz]: crucial",
+    "hundred-epochs": "[2405.00662]: representations collapse, and the clip does not prevent it",
+    "overfit": "no published verdict",
+    "clip-kl": "[Engstrom]: ratios leave the interval, the mean KL stays bounded",
+    "entropy": "[Andrychowicz], Tianshou: no help on MuJoCo",
+    "lambda": "[Andrychowicz]: 0.9 is best",
+    "time-limit": "[Pardo]: it matters; CleanRL: no gain in [PR 311], decisive in [issue 198]",
+    "reset-rows": "CleanRL, [PR 494]: little effect; no published ablation",
+    "recompute": "[Andrychowicz]: yes; Tianshou: it contributes a lot",
+    "normalisation": (
+        "[Andrychowicz]: observations are crucial except on Hopper; [Engstrom]: the scale of "
+        "rewards matters"
+    ),
+    "start": (
+        "[Andrychowicz]: a standard deviation of 0.5 is best, a small head gives Humanoid 66 % "
+        "more, annealing is secondary"
+    ),
+    "ladder": "CleanRL's own table",
+    "kl-penalty": (
+        "[Schulman]: the clip is better than a fixed or an adaptive penalty; klip-ppo: "
+        "penalties fall behind on Ant and Humanoid"
+    ),
+}
+
 CLAIMS = [
     Claim(
         1,

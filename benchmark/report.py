@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from claims import BASE_SEEDS, CLAIMS, REFERENCES, SEEDS, SOURCES, bootstrap, verdict
 from scipy import stats
 from studies import CANDIDATES, FORMER_CANDIDATES, SELECTION_TASKS
 
@@ -407,6 +408,94 @@ def below():
     return [f"Of {len(tasks)} tasks, the best published PPO is ahead on {', '.join(both + one)}."]
 
 
+def claim_effects(claim):
+    """{label of a comparison: (effects, number of runs)}, for those with five seeds in each arm.
+
+    Effects are those of `claims.bootstrap`: {task or "pooled": (effect, low, high)}.
+    """
+    found, tasks_of = summaries("claims"), {}
+    needed = lambda name: BASE_SEEDS if name.split("--")[1] in REFERENCES else SEEDS
+    random_returns = json.loads((RESULTS / "claims-random.json").read_text())
+    arm_scores = {  # one array of an arm, wherever it is used: then it is resampled once
+        name: np.array([seeds[seed][claim.score] for seed in sorted(seeds)])
+        for name, seeds in found.items()
+    }
+    for comparison in claim.comparisons:
+        arms = comparison.arm, comparison.base, comparison.reference
+        for task in comparison.tasks:
+            names = [f"{task}--{arm}" for arm in arms]
+            tasks_of.setdefault(comparison.label, {})[task] = names
+    effects = {}
+    for label, tasks in tasks_of.items():
+        scores = {
+            task: [arm_scores[name] for name in names]
+            for task, names in tasks.items()
+            if all(len(arm_scores.get(name, [])) >= SEEDS for name in names)
+        }
+        if scores:
+            missing = sum(
+                max(needed(name) - len(arm_scores.get(name, [])), 0)
+                for name in {name for names in tasks.values() for name in names}
+            )
+            rng = np.random.default_rng(0)
+            effects[label] = bootstrap(scores, random_returns, rng), missing
+    return effects
+
+
+def percent(effect, low, high):
+    text = f"{effect:+.0%} [{low:+.0%}, {high:+.0%}]"
+    return text.replace("-", "−").replace("%", " %")
+
+
+def claims():
+    """For each claim: who says so, the effects measured here and the verdict of RULE."""
+    lines = ["![The first comparison of each claim](results/claims.svg)", ""]
+    if not any(map(claim_effects, CLAIMS)):
+        lines = []
+    for claim in CLAIMS:
+        lines += [f"**{claim.number}. {claim.text}.** Others: {SOURCES[claim.name]}."]
+        lines += [f"Predicted, if it is right: {claim.prediction}."]
+        lines += [f"`python benchmark/run.py claims-{claim.name}` makes the data.", ""]
+        effects = claim_effects(claim)
+        if not effects:
+            lines += ["No data yet.", ""]
+            continue
+        lines += ["| comparison | each task | all tasks | verdict |", "|---|---|---|---|"]
+        for label, (of_tasks, missing) in effects.items():
+            each = "; ".join(f"{t}: {percent(*e)}" for t, e in of_tasks.items() if t != "pooled")
+            word = f"unfinished, {missing} runs missing" if missing > 0 else verdict(of_tasks)
+            name = label.replace("_", " ")
+            lines.append(f"| {name} | {each} | **{percent(*of_tasks['pooled'])}** | {word} |")
+        lines.append("")
+    return lines[:-1]
+
+
+def claims_figure():
+    """The first comparison of each claim: effect and interval of each task and of all tasks."""
+    rows = []
+    for claim in CLAIMS:
+        effects = claim_effects(claim)
+        label = claim.comparisons[0].label
+        if label in effects:
+            rows.append((f"{claim.number}. {label.replace('_', ' ')}", effects[label][0]))
+    if not rows:
+        return
+    figure, axes = new_figure(1, 1, (6.5, 1 + 0.45 * len(rows)))
+    axis = axes[0, 0]
+    for y, (_, effects) in enumerate(rows):
+        for task, (effect, low, high) in effects.items():
+            pooled = task == "pooled"
+            look = {"color": "C0" if pooled else GREY, "linewidth": 3 if pooled else 1}
+            place = y if pooled else y + 0.25
+            axis.plot([100 * low, 100 * high], [place, place], **look)
+            axis.plot(100 * effect, place, "o", color=look["color"], markersize=7 if pooled else 4)
+    axis.axvline(0, color=GREY, linestyle=":")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("effect, % of the reference's distance from a random policy")
+    save(figure, "claims.svg")
+
+
 def does_it_matter():
     """What runs of flags for ppo_continuous.py, made before the studies of claims, say already."""
     found, chosen = runs("continuous-defaults"), runs("continuous")
@@ -582,6 +671,7 @@ TABLES = {
         "continuous-speed": lambda: speed("ppo_continuous"),
         "atari-speed": lambda: speed("ppo_atari"),
         "rlhf": rlhf,
+        "claims": claims,
     },
 }
 PARTS = {  # of train: first line, the line after
@@ -798,6 +888,7 @@ def main():
     diagnostics_figure()
     headline()
     rlhf_figure()
+    claims_figure()
 
 
 if __name__ == "__main__":

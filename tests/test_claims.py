@@ -1,5 +1,7 @@
 """The studies of claims: each variant differs from its base as it should; the rule of verdicts."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import ppo_continuous
 sys.path.append(str(Path(__file__).parents[1] / "benchmark"))
 
 import claims  # noqa: E402 (the line above finds it)
+import report  # noqa: E402
 import run as runner  # noqa: E402
 
 SCRIPTS = {"ppo.py": ppo, "ppo_continuous.py": ppo_continuous}
@@ -126,3 +129,41 @@ def test_effects_and_verdicts():
     assert claims.verdict(effects).startswith("not settled (± ")
     small = claims.bootstrap({"a": (base[:5] + 2, base, base)}, returns, rng)
     assert claims.verdict(small) == "does not matter"  # 2 %, whatever the interval
+
+
+def test_the_table_of_a_claim(tmp_path, monkeypatch):
+    """Made-up scores: without normalised advantages half of what was learned is lost."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    returns = dict.fromkeys(claims.TASKS, 10.0)
+    (tmp_path / "claims-random.json").write_text(json.dumps(returns))
+    (tmp_path / "claims").mkdir()
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "norm-adv")
+    assert report.claim_effects(claim) == {}
+
+    def write(task, arm, score, seeds):
+        for seed in range(1, seeds + 1):
+            summary = json.dumps({"score": score, "mean_return": 0.0})
+            (tmp_path / "claims" / f"{task}--{arm}-{seed}.json").write_text(summary)
+
+    for task in claims.FOUR:
+        write(task, "base", 110.0, 20)
+        write(task, "no-norm-adv", 60.0, 4)
+    assert report.claim_effects(claim) == {}  # too few seeds
+    write(claims.LUNAR, "no-norm-adv", 60.0, 5)
+    effects, missing = report.claim_effects(claim)["no_norm_adv"]
+    assert effects == {claims.LUNAR: (-0.5, -0.5, -0.5), "pooled": (-0.5, -0.5, -0.5)}
+    assert missing == 3
+    row = next(line for line in report.claims() if line.startswith("| no norm adv"))
+    assert "**−50 % [−50 %, −50 %]** | unfinished, 3 runs missing |" in row
+    for task in claims.MUJOCO:
+        write(task, "no-norm-adv", 60.0, 5)
+    row = next(line for line in report.claims() if line.startswith("| no norm adv"))
+    assert row.endswith("**−50 % [−50 %, −50 %]** | matters |")
+
+
+def test_every_claim_names_what_others_found():
+    text = (Path(__file__).parents[1] / "benchmark" / "README.md").read_text()
+    assert claims.SOURCES.keys() == {claim.name for claim in claims.CLAIMS}
+    for source in claims.SOURCES.values():
+        for name in re.findall(r"\[(.+?)\]", source):
+            assert f"\n[{name}]: https://" in text
