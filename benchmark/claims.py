@@ -42,7 +42,7 @@ SHORT_EPISODES = ("CartPole-v1", "Blackjack-v1", "FrozenLake-v1")
 TASKS = {  # task: script, flags
     **dict.fromkeys(MUJOCO, ("ppo_continuous.py", "--compile")),
     LUNAR: ("ppo.py", f"--compile {LUNAR_LANDER}"),
-    "Pendulum-v1": ("ppo_continuous.py", GAMMA_0_9),
+    "Pendulum-v1": ("ppo_continuous.py", GAMMA_0_9.replace("--gamma 0.9 ", "--gamma 0.99 ")),
     "CartPole-v1": ("ppo.py", "--total-timesteps 50000"),
     "Blackjack-v1": ("ppo.py", "--total-timesteps 100000"),
     "FrozenLake-v1": ("ppo.py", "--total-timesteps 100000"),
