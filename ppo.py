@@ -91,6 +91,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
             if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
                 problem = f"must divide {rows} steps into equal parts of at least 2"
                 raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
+        if self.resume is not None and self.evaluate is not None:
+            raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
             raise UsageError("--greedy and --capture-video need --evaluate")
         if self.kl_coef > 0 and self.reference is None:
@@ -445,7 +447,7 @@ def evaluate(agent, args):
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
         actions = agent.act(x, args.greedy).numpy()
         obs, reward, terminated, truncated, _ = envs.step(actions)
-        scores[np.arange(args.num_envs), episode] += reward
+        scores[np.arange(args.num_envs), episode] += reward  # 0 in a step that only resets
         episode = np.minimum(episode + (terminated | truncated), args.eval_episodes)
     envs.close()
     return scores[:, :-1]
@@ -554,10 +556,9 @@ def main():
         if args.resume is not None or args.evaluate is not None:
             saved, _ = load_run(args.resume if args.evaluate is None else args.evaluate)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
-            may_differ = {"resume", "device", "threads", "track"}
+            may_differ = {"resume", "evaluate", "device", "threads", "track"}
             if args.evaluate is not None:
-                may_differ = {"evaluate", "device", "threads", "num_envs", "seed"}
-                may_differ |= {"eval_episodes", "greedy", "capture_video"}
+                may_differ |= {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
             for name, value in vars(saved).items():
                 if getattr(args, name) != value and name not in may_differ:
                     flag = "--" + name.replace("_", "-")

@@ -101,6 +101,8 @@ class Args:  # tyro makes each field a flag, its comment the help text
             if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
                 problem = f"must divide {rows} steps into equal parts of at least 2"
                 raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
+        if self.resume is not None and self.evaluate is not None:
+            raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
             raise UsageError("--greedy and --capture-video need --evaluate")
 
@@ -602,10 +604,9 @@ def main():
         if args.resume is not None or args.evaluate is not None:
             saved, _ = load_run(args.resume if args.evaluate is None else args.evaluate)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
-            may_differ = {"resume", "device", "threads", "track"}
+            may_differ = {"resume", "evaluate", "device", "threads", "track"}
             if args.evaluate is not None:
-                may_differ = {"evaluate", "device", "threads", "num_envs", "seed"}
-                may_differ |= {"eval_episodes", "greedy", "capture_video"}
+                may_differ |= {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
             for name, value in vars(saved).items():
                 if getattr(args, name) != value and name not in may_differ:
                     flag = "--" + name.replace("_", "-")

@@ -409,7 +409,7 @@ def below():
 
 
 def claim_effects(claim):
-    """{label of a comparison: (effects, number of runs)}, for those with five seeds in each arm.
+    """{label of a comparison: (effects, number of missing runs)}, where each arm has five seeds.
 
     Effects are those of `claims.bootstrap`: {task or "pooled": (effect, low, high)}.
     """
@@ -821,7 +821,10 @@ def new_figure(rows, columns, size):
 
 
 def save(figure, name):
+    import matplotlib.pyplot as plt
+
     figure.savefig(RESULTS / name, transparent=True, metadata={"Date": None})
+    plt.close(figure)
 
 
 def learning_curves(seeds):

@@ -276,9 +276,9 @@ def test_a_run_from_a_machine_with_a_gpu(call, saved, monkeypatch):
     assert call("--evaluate", saved)[0] == call("--resume", saved, "--device", "cpu")[0] == 0
 
 
-def test_resume_together_with_evaluate(refused_line, finished):
-    line = refused_line("--resume", finished, "--evaluate", finished)
-    assert line == f"--resume {finished}: the run has None"
+def test_resume_together_with_evaluate(refused_flag):
+    message = "--resume and --evaluate exclude each other"
+    assert message in refused_flag("--resume", "runs", "--evaluate", "runs")
 
 
 # The real program, and the import

@@ -24,9 +24,9 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SIZES = {  # at most so many lines, characters, and lines of train
-    "ppo.py": (585, 30_300, 135),  # 20 of them for --reference
-    "ppo_continuous.py": (592, 30_800, 129),
-    "ppo_atari.py": (633, 32_100, 141),
+    "ppo.py": (586, 30_350, 135),  # 20 of them for --reference
+    "ppo_continuous.py": (593, 30_900, 129),
+    "ppo_atari.py": (634, 32_200, 141),
 }
 SECTIONS = ["Flags", "Environments", "Agent", "Equations", "Training", "Evaluation", "Runs"]
 SECTIONS += ["Command line"]
