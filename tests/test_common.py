@@ -24,8 +24,8 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SIZES = {  # at most so many lines, characters, and lines of train
-    "ppo.py": (586, 30_350, 135),  # 20 of them for --reference
-    "ppo_continuous.py": (593, 30_900, 129),
+    "ppo.py": (586, 30_400, 135),  # 20 of them for --reference
+    "ppo_continuous.py": (593, 30_950, 129),
     "ppo_atari.py": (634, 32_200, 141),
 }
 SECTIONS = ["Flags", "Environments", "Agent", "Equations", "Training", "Evaluation", "Runs"]
