@@ -1,20 +1,18 @@
-"""Proximal Policy Optimization (PPO) for discrete actions and vector observations, in one file.
+"""Proximal Policy Optimization (PPO) for discrete actions and vector observations.
 
-    python ppo.py                                                # CartPole-v1, half a minute
+    python ppo.py                                                # CartPole-v1, 30 s
     python ppo.py --env-id Acrobot-v1 --seed 2 --num-envs 8      # --help lists all flags
-    python ppo.py --resume runs/DIR                              # continue an interrupted run
-    python ppo.py --evaluate runs/DIR --greedy --capture-video   # play a trained agent and film it
+    python ppo.py --resume runs/DIR                              # continue a run
+    python ppo.py --evaluate runs/DIR --greedy --capture-video   # play and film an agent
 
-Read from the top: flags, environments, agent, equations and training are the algorithm; evaluation,
-runs and the command line come after it. The README explains the labels, like (gae). Shapes: a
-rollout has T steps of N environments, B is any number of rows, D the size of an observation.
+Read from the top; the algorithm ends with training. The README explains labels like (gae).
+Shapes: a rollout has T steps of N environments, B is any number of rows, D an observation's size.
 """
 
 import csv
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -59,17 +57,17 @@ class Args:  # tyro makes each field a flag, its comment the help text
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
     norm_reward: bool = False  # divide rewards by the std of their running sums, (rew-norm)
-    reference: str | None = None  # run directory of an agent to start from and to stay close to
-    kl_coef: float = 0.0  # β: penalty for drifting away from the reference, (kl-ref)
+    reference: str | None = None  # run directory of an agent to start from and stay close to
+    kl_coef: float = 0.0  # β: penalty for leaving the reference, (kl-ref)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch in training
-    compile: bool = False  # compile the loss with torch.compile: slow to start, then faster
-    runs_dir: str = "runs"  # where run directories are created
+    compile: bool = False  # use torch.compile, on a GPU with CUDA graphs: slow to start
+    runs_dir: str = "runs"  # holds the run directories
     save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
     resume: str | None = None  # continue the run in this directory, with its own flags
     track: bool = False  # log to Weights & Biases, project $WANDB_PROJECT; offline if not logged in
-    evaluate: str | None = None  # play the agent in this run directory instead of training
+    evaluate: str | None = None  # play the agent of this run directory
     eval_episodes: int = 10  # episodes that --evaluate plays in each environment
     greedy: bool = False  # with --evaluate: the most probable actions, not sampled ones
     capture_video: bool = False  # with --evaluate: film the first environment
@@ -83,14 +81,12 @@ class Args:  # tyro makes each field a flag, its comment the help text
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
                 name = name.replace("_", "-")
                 raise UsageError(f"--{name} {value}: must be in [{low}, {high}]")
-        rows = self.num_envs * self.num_steps  # of a rollout
+        rows, parts = self.num_envs * self.num_steps, self.num_minibatches  # of a rollout
         if self.resume is None and self.evaluate is None:
             if self.total_timesteps < rows:
-                problem = f"must be at least one rollout, {rows}"
-                raise UsageError(f"--total-timesteps {self.total_timesteps}: {problem}")
-            if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
-                problem = f"must divide {rows} steps into equal parts of at least 2"
-                raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
+                raise UsageError(f"--total-timesteps {self.total_timesteps}: a rollout has {rows}")
+            if rows % parts > 0 or rows < 2 * parts:
+                raise UsageError(f"--num-minibatches {parts}: must divide {rows} into parts >= 2")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
@@ -100,23 +96,22 @@ class Args:  # tyro makes each field a flag, its comment the help text
 
 
 class UsageError(ValueError):
-    """A flag, environment, device or run directory that cannot work; the message says why."""
+    """Bad input, as the message says."""
 
 
 # ---------- Environments ----------
 def make_envs(args):
-    """A gymnasium VectorEnv of args.num_envs environments with flat observations (N, D)."""
-    flag = f"--env-id {args.env_id}"
+    """A VectorEnv of args.num_envs environments with flat observations (N, D)."""
     options = {"render_mode": "rgb_array"} if args.capture_video else {}
     try:
         envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **options)
     except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"{flag}: {error}") from error
+        raise UsageError(f"--env-id {args.env_id}: {error}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        raise UsageError(f"{flag}: needs Discrete actions from 0; for Box use ppo_continuous.py")
+        raise UsageError(f"{args.env_id}: actions must be Discrete from 0; see ppo_continuous.py")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise UsageError(f"{flag}: must reset in the step after an episode's end (NEXT_STEP)")
+        raise UsageError(f"{args.env_id}: must reset in the step after an episode (NEXT_STEP)")
     if args.capture_video:
         folder = f"{args.evaluate}/videos/{time.time_ns()}"
         options = {"record_first_only": True, "episode_trigger": lambda n: n < args.eval_episodes}
@@ -126,8 +121,8 @@ def make_envs(args):
 
 
 def start_envs(args, iteration):
-    """New environments and their first observations. Seeds them and torch from the seed and the
-    iteration, so that a resumed run continues exactly like an uninterrupted one."""
+    """New environments and their first observations. The seed and the iteration decide everything
+    random in them and in torch, so that a resumed run is exact."""
     state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
     seed = int(state[0]) % (2**31 - 1 - args.num_envs)  # environment i gets seed + i < 2^31
     torch.manual_seed(seed)
@@ -138,7 +133,7 @@ def start_envs(args, iteration):
 
 # ---------- Agent ----------
 class RunningStats(nn.Module):
-    """Mean and variance of all rows seen so far, in buffers, so that the agent saves them."""
+    """Mean and variance of all rows seen so far; buffers, so that they are saved."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -204,8 +199,8 @@ class Agent(nn.Module):
 def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
-    Only for speed: clipping and Adam then take one operation instead of one per layer. Call it
-    after agent.to(device), and zero the gradient in place: None would break the views."""
+    Only for speed: clipping and Adam then take one operation, not one per layer. Call it after
+    agent.to(device), and zero the gradient in place: None would break the views."""
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     vector.grad = torch.zeros_like(vector)
@@ -292,12 +287,6 @@ def scale_rewards(rewards, resets, stats, gamma, running_sum):
     return (rewards / (stats.var + 1e-8).sqrt().float()).clamp(-10, 10), running_sum
 
 
-def explained_variance(values, returns):
-    """(ev): 1 − Var(R̂ − V) / Var(R̂) over (B,), or None if all returns are equal."""
-    variance = returns.var(correction=0).item()
-    return 1 - (returns - values).var(correction=0).item() / variance if variance > 0 else None
-
-
 # ---------- Training ----------
 def train(args):
     """Trains an agent, or continues the run in args.resume; returns the run directory."""
@@ -314,17 +303,16 @@ def train(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs).to(device)
     reference = None
     if args.reference is not None:
-        reference = load_agent(Path(args.resume, "reference") if args.resume else args.reference)
+        reference = load_agent(args.reference)
         if [p.shape for p in reference.parameters()] != [p.shape for p in agent.parameters()]:
-            raise UsageError(f"--reference {args.reference}: it was trained on other spaces")
+            raise UsageError(f"--reference {args.reference}: trained on other spaces")
         agent.load_state_dict(reference.to(device).state_dict())
         agent.norm_obs = args.norm_obs = reference.norm_obs
     parameters = flat_parameters(agent)  # one vector
     optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
-    mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
-    loss_function = torch.compile(ppo_loss, mode=mode) if args.compile else ppo_loss
+    loss_function = torch.compile(ppo_loss, mode="reduce-overhead") if args.compile else ppo_loss
 
-    # The environments use numpy, so a rollout is recorded in numpy arrays.
+    # The environments use numpy, so a rollout is recorded in numpy.
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
     done = np.zeros((T + 1, N), bool)  # done[t+1]: step t ended; if done[t], step t only resets
     actions = np.zeros((T, N), np.int64)
@@ -333,18 +321,15 @@ def train(args):
     to_tensor = lambda array: torch.from_numpy(array).to(device)
 
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
-    if args.reference is not None and args.resume is None:
-        shutil.copytree(args.reference, run_dir / "reference")  # the run needs no other directory
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes short, so they are at least ten time limits apart, if there is one.
+    # Checkpoints cut episodes, so they are at least ten time limits apart, if there is one.
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
         if (iteration - 1) % save_every == 0:  # true in the first iteration, resumed or not
-            # Each checkpoint starts new environments, so that their state need not be saved.
-            # Running episodes are cut short, as by a time limit, and not logged.
+            # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
             envs, obs[T] = start_envs(args, iteration)
@@ -372,7 +357,7 @@ def train(args):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # step t resets, ends
         scaled = to_tensor(rewards).float()
-        if reference is not None:  # (kl-ref): a penalty for drifting from the reference
+        if reference is not None:  # (kl-ref): drifting away costs reward
             reference_x = reference.normalize(to_tensor(obs[:-1]))
             reference_log_probs, _ = reference.evaluate_actions(reference_x, to_tensor(actions))
             drift = (log_probs - reference_log_probs) * ~resets
@@ -391,11 +376,11 @@ def train(args):
         }
         # (valid): drop the steps that only reset, (T, N, ...) → (B, ...)
         batch = {name: column[~resets] for name, column in batch.items()}
-        explained = explained_variance(batch["old_values"], batch["returns"])
+        explained = 1 - batch["advantages"].var() / batch["returns"].var()  # (ev), as Â = R̂ − V
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, in place of the dropped ones: torch.compile needs fixed shapes.
+        # Some rows are used twice, to replace dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for _ in range(args.update_epochs):
@@ -425,7 +410,7 @@ def train(args):
             "iteration": iteration,
             "global_step": iteration * batch_size,
             **dict(zip(logged, means)),
-            "explained_variance": explained,
+            "explained_variance": explained.item() if explained.isfinite() else None,
             "kl_reference": drift[~resets].mean().item() if reference else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "sps": round(batch_size / (now - iteration_began)),
@@ -439,7 +424,7 @@ def train(args):
 # ---------- Evaluation ----------
 @torch.inference_mode()
 def evaluate(agent, args):
-    """Plays args.eval_episodes episodes in each environment → scores (N, eval_episodes)."""
+    """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
     envs, obs = start_envs(args, 0)
     scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # the last column is not counted
     episode = np.zeros(args.num_envs, int)  # that each environment plays, from 0
@@ -455,7 +440,7 @@ def evaluate(agent, args):
 
 # ---------- Runs ----------
 def open_run(args, agent, optimizer):
-    """A new run directory or that of args.resume, and the iterations and seconds done so far."""
+    """A new run directory or that of args.resume, and the iterations and seconds done."""
     if args.resume is not None:
         run_dir = Path(args.resume)
         _, checkpoint = load_run(run_dir)
@@ -466,10 +451,7 @@ def open_run(args, agent, optimizer):
         return run_dir, checkpoint["iteration"], checkpoint["seconds"]
     name = f"{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
+    run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     return run_dir, 0, 0.0
 
@@ -484,7 +466,7 @@ def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
 
 
 def load_run(run_dir):
-    """The Args and the checkpoint of a run; raises UsageError if they cannot be read."""
+    """The Args and the checkpoint of a run, or UsageError."""
     try:
         args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
         return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
@@ -550,7 +532,6 @@ class Logger:
 
 # ---------- Command line ----------
 def main():
-    """Exit status: 0 done, 1 error, 2 bad input."""
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:

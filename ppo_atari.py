@@ -1,15 +1,14 @@
-"""Proximal Policy Optimization (PPO) for Atari games, from pixels, in one file.
+"""Proximal Policy Optimization (PPO) for Atari games, from pixels.
 
     python ppo_atari.py                                              # Breakout
     python ppo_atari.py --env-id Pong --total-timesteps 3000000      # --help lists all flags
-    python ppo_atari.py --resume runs/DIR                            # continue an interrupted run
-    python ppo_atari.py --evaluate runs/DIR --greedy --capture-video # play a trained agent, film it
+    python ppo_atari.py --resume runs/DIR                            # continue a run
+    python ppo_atari.py --evaluate runs/DIR --greedy --capture-video # play and film an agent
     torchrun --nproc-per-node 8 ppo_atari.py                         # on 8 GPUs
 
-Read from the top: flags, environments, agent, equations and training are the algorithm; evaluation,
-runs and the command line come after it. The README explains the labels, like (gae). Shapes: a
-rollout has T steps of N environments, B is any number of rows. With torchrun, each process plays
---num-envs games of its own, and the gradients are averaged.
+Read from the top; the algorithm ends with training. The README explains labels like (gae).
+Shapes: a rollout has T steps of N environments, B is any number of rows. With torchrun, each
+process plays --num-envs games of its own, and the gradients are averaged.
 """
 
 import csv
@@ -74,12 +73,12 @@ class Args:  # tyro makes each field a flag, its comment the help text
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16 in Agent.network; auto: if supported
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
     threads: int | None = None  # CPU threads of torch in training; None: torch decides
-    compile: bool = False  # compile the loss with torch.compile: slow to start, then faster
-    runs_dir: str = "runs"  # where run directories are created
+    compile: bool = False  # use torch.compile, on a GPU with CUDA graphs: slow to start
+    runs_dir: str = "runs"  # holds the run directories
     save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
     resume: str | None = None  # continue the run in this directory, with its own flags
     track: bool = False  # log to Weights & Biases, project $WANDB_PROJECT; offline if not logged in
-    evaluate: str | None = None  # play the agent in this run directory instead of training
+    evaluate: str | None = None  # play the agent of this run directory
     eval_episodes: int = 10  # episodes that --evaluate plays in each environment
     greedy: bool = False  # with --evaluate: the most probable actions, not sampled ones
     capture_video: bool = False  # with --evaluate: film the first environment
@@ -93,14 +92,13 @@ class Args:  # tyro makes each field a flag, its comment the help text
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
                 name = name.replace("_", "-")
                 raise UsageError(f"--{name} {value}: must be in [{low}, {high}]")
-        rows = self.num_envs * self.num_steps  # of a rollout
+        rows, parts = self.num_envs * self.num_steps, self.num_minibatches  # of a rollout
         if self.resume is None and self.evaluate is None:
-            if self.total_timesteps < rows * WORLD_SIZE:
-                problem = f"must be at least one rollout, {rows * WORLD_SIZE}"
-                raise UsageError(f"--total-timesteps {self.total_timesteps}: {problem}")
-            if rows % self.num_minibatches > 0 or rows < 2 * self.num_minibatches:
-                problem = f"must divide {rows} steps into equal parts of at least 2"
-                raise UsageError(f"--num-minibatches {self.num_minibatches}: {problem}")
+            steps, total = rows * WORLD_SIZE, self.total_timesteps
+            if total < steps:
+                raise UsageError(f"--total-timesteps {total}: a rollout has {steps}")
+            if rows % parts > 0 or rows < 2 * parts:
+                raise UsageError(f"--num-minibatches {parts}: must divide {rows} into parts >= 2")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
@@ -108,7 +106,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
 
 
 class UsageError(ValueError):
-    """A flag, environment, device or run directory that cannot work; the message says why."""
+    """Bad input, as the message says."""
 
 
 # ---------- Environments ----------
@@ -162,8 +160,8 @@ def make_envs(args, for_film=False):
 
 
 def start_envs(args, iteration, for_film=False):
-    """New environments and their first observations. Seeds them and torch from the seed and the
-    iteration, so that a resumed run continues exactly like an uninterrupted one."""
+    """New environments and their first observations. The seed and the iteration decide everything
+    random in them and in torch, so that a resumed run is exact."""
     state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
     seed = int(state[0]) % (2**31 - 1 - args.num_envs * WORLD_SIZE)
     seed += args.num_envs * RANK  # environment i gets seed + i < 2^31, different in each process
@@ -237,7 +235,7 @@ class Agent(nn.Module):
 def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
-    Only for speed: clipping, Adam and averaging then take one operation instead of one per layer.
+    Only for speed: clipping, Adam and averaging then take one operation, not one per layer.
     Call it after agent.to(device), and zero the gradient in place: None would break the views.
     """
     parameters = list(agent.parameters())
@@ -316,12 +314,6 @@ def ppo_loss(agent, batch, args):
     }
 
 
-def explained_variance(values, returns):
-    """(ev): 1 − Var(R̂ − V) / Var(R̂) over (B,), or None if all returns are equal."""
-    variance = returns.var(correction=0).item()
-    return 1 - (returns - values).var(correction=0).item() / variance if variance > 0 else None
-
-
 # ---------- Training ----------
 def train(args):
     """Trains an agent, or continues the run in args.resume; returns the run directory."""
@@ -343,12 +335,12 @@ def train(args):
     agent = Agent(envs.single_observation_space, envs.single_action_space, bf16).to(device)
     parameters = flat_parameters(agent)  # one vector
     optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
-    mode = "reduce-overhead" if device.type == "cuda" else "default"  # reduce-overhead: CUDA graphs
+    mode = "reduce-overhead"  # with CUDA graphs, on a GPU
     loss_function = torch.compile(ppo_loss, mode=mode) if args.compile else ppo_loss
     features = torch.compile(agent.features, mode=mode) if args.compile else agent.features
 
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)  # channels last
-    # The environments use numpy, so the rest of a rollout is recorded in numpy arrays.
+    # The environments use numpy, so the rest of a rollout is recorded in numpy.
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
@@ -365,14 +357,13 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         dist.broadcast(parameters.data, 0)  # the same weights for all; waits for all processes
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut games short, so they are at least two of the longest games apart.
+    # Checkpoints cut games, so they are at least two of the longest games apart.
     two_games = 2 * args.max_episode_frames / 4 / T  # in iterations; a step is four frames
     save_every = args.save_every or math.ceil(max(iterations / 20, two_games))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
         if (iteration - 1) % save_every == 0:  # true in the first iteration, resumed or not
-            # Each checkpoint starts new environments, so that their state need not be saved.
-            # Running games are cut short, as by a time limit, and not logged.
+            # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
             envs, first_obs = start_envs(args, iteration)
@@ -415,11 +406,11 @@ def train(args):
         }
         # (valid): drop the steps that are not the policy's, (T, N, ...) → (B, ...)
         batch = {name: column[played] for name, column in batch.items()}
-        explained = explained_variance(batch["old_values"], batch["returns"])
+        explained = 1 - batch["advantages"].var() / batch["returns"].var()  # (ev), as Â = R̂ − V
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, in place of the dropped ones: torch.compile needs fixed shapes.
+        # Some rows are used twice, to replace dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for _ in range(args.update_epochs):
@@ -453,7 +444,7 @@ def train(args):
             "iteration": iteration,
             "global_step": iteration * steps,
             **dict(zip(logged, means)),
-            "explained_variance": explained,
+            "explained_variance": explained.item() if explained.isfinite() else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
             "sps": round(steps / (now - iteration_began)),
             "seconds": round(now - began, 3),
@@ -469,7 +460,7 @@ def train(args):
 # ---------- Evaluation ----------
 @torch.inference_mode()
 def evaluate(agent, args):
-    """Plays args.eval_episodes episodes in each environment → scores (N, eval_episodes)."""
+    """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
     envs, obs = start_envs(args, 0)
     if args.capture_video:  # the same games once more, in colour
         twin, _ = start_envs(args, 0, for_film=True)
@@ -496,7 +487,7 @@ def evaluate(agent, args):
 
 # ---------- Runs ----------
 def open_run(args, agent, optimizer):
-    """A new run directory or that of args.resume, and the iterations and seconds done so far."""
+    """A new run directory or that of args.resume, and the iterations and seconds done."""
     if args.resume is not None:
         run_dir = Path(args.resume)
         _, checkpoint = load_run(run_dir)
@@ -511,10 +502,7 @@ def open_run(args, agent, optimizer):
         return None, 0, 0.0
     name = f"{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
+    run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     return run_dir, 0, 0.0
 
@@ -531,7 +519,7 @@ def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
 
 
 def load_run(run_dir):
-    """The Args and the checkpoint of a run; raises UsageError if they cannot be read."""
+    """The Args and the checkpoint of a run, or UsageError."""
     try:
         args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
         return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
@@ -598,7 +586,6 @@ class Logger:
 
 # ---------- Command line ----------
 def main():
-    """Exit status: 0 done, 1 error, 2 bad input."""
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:

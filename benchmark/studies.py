@@ -97,7 +97,7 @@ RL_ZOO3_PENDULUM += "--vf-coef 1.392 --target-kl None --no-recompute-advantages"
 STEP = "                optimizer.step()\n"
 SIGMA_FLOOR = (STEP, STEP + "                agent.log_std.data.clamp_(min=-2)\n")  # σ ≥ 0.135
 DIVISOR = "(advantages.std() + 1e-8)"
-EXPLAINED = "        explained = explained_variance("
+EXPLAINED = "        explained = 1 - "
 RUNNING_STD = '        SPREAD.lerp_(batch["advantages"].std(), 0.01)\n'
 ADVANTAGE_FLOOR = (  # advantages are divided by no less than their running standard deviation
     ('SCRIPT = "ppo_continuous.py"', 'SCRIPT = "ppo_continuous.py"\nSPREAD = torch.ones(())'),

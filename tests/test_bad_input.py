@@ -119,7 +119,7 @@ def test_the_table_has_all_numbers():
 
 
 def test_total_timesteps(refused_flag):
-    message = "--total-timesteps 511: must be at least one rollout, 512"
+    message = "--total-timesteps 511: a rollout has 512"
     assert message in refused_flag("--total-timesteps", 511)
     Args(total_timesteps=512)
 
@@ -140,7 +140,7 @@ def test_number_out_of_range(refused_flag, name):
 
 @pytest.mark.parametrize("number", [3, 512])  # 512 minibatches would have one step each
 def test_minibatches(refused_flag, number):
-    message = f"--num-minibatches {number}: must divide 512 steps into equal parts of at least 2"
+    message = f"--num-minibatches {number}: must divide 512 into parts >= 2"
     assert message in refused_flag("--num-minibatches", number)
     Args(num_minibatches=256)
 
@@ -167,21 +167,14 @@ def test_device(refused_flag, monkeypatch):
         ("environments:Stubb-v0", "Did you mean: `Stub`"),
         ("", "Malformed environment ID"),
         ("nomodule:Env-v0", "No module named 'nomodule'"),
-        ("Pendulum-v1", r"needs Discrete actions from 0; for Box use ppo_continuous\.py"),
-        ("StubMultiDiscrete-v0", "needs Discrete actions"),
-        ("StubFromOne-v0", "needs Discrete actions from 0"),
-        ("StubSameStep-v0", r"must reset in the step after an episode\'s end \(NEXT_STEP\)"),
+        ("Pendulum-v1", r"actions must be Discrete from 0; see ppo_continuous\.py"),
+        ("StubMultiDiscrete-v0", "actions must be Discrete"),
+        ("StubFromOne-v0", "actions must be Discrete from 0"),
+        ("StubSameStep-v0", r"must reset in the step after an episode \(NEXT_STEP\)"),
     ],
 )
 def test_environment(refused_line, env_id, reason):
-    assert re.match(f"--env-id {env_id}: .*{reason}", refused_line("--env-id", env_id, *SHORT))
-
-
-@pytest.mark.parametrize("below", [".", "deeper/still"])
-def test_runs_dir_is_a_file(refused_line, tmp_path, below):
-    (tmp_path / "file").touch()
-    runs = tmp_path / "file" / below
-    assert refused_line("--runs-dir", runs, *SHORT).startswith(f"--runs-dir {runs}: ")
+    assert re.match(f"(--env-id )?{env_id}: .*{reason}", refused_line("--env-id", env_id, *SHORT))
 
 
 # --resume and --evaluate
@@ -289,7 +282,10 @@ def test_resume_together_with_evaluate(refused_flag):
     [
         (["--gamma", "nan"], "--gamma nan: must be in [0, 1]"),
         (["--env-id", "LunarLander-v2"], "ppo.py: --env-id LunarLander-v2: "),
-        (["--env-id", "Pendulum-v1", "--vectorization-mode", "async"], "ppo.py: --env-id Pendulum"),
+        (
+            ["--env-id", "Pendulum-v1", "--vectorization-mode", "async"],
+            "ppo.py: Pendulum-v1: actions must",
+        ),
         (["--evaluate", "missing"], "ppo.py: missing is not a run directory"),
     ],
 )
@@ -305,7 +301,7 @@ def test_imported_functions_raise_value_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--num-envs 0"):
         Args(num_envs=0)
-    with pytest.raises(ValueError, match="--env-id Pendulum-v1"):
+    with pytest.raises(ValueError, match="Pendulum-v1: actions must"):
         ppo.train(Args("Pendulum-v1"))
     with pytest.raises(ValueError, match="missing is not a run directory"):
         ppo.load_agent("missing")

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -324,7 +325,7 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("env_id", "advice"),
     [
-        ("CartPole-v1", "for Discrete use ppo.py"),
+        ("CartPole-v1", "for Discrete see ppo.py"),
         ("HalfCheeta-v5", "HalfCheetah"),
         ("HalfCheetah-v3", "gymnasium-robotics"),
         ("StubMultiDiscrete-v0", "Box of floats"),
@@ -334,7 +335,7 @@ def refused(tmp_path, monkeypatch, capsys):
 )
 def test_bad_environments_get_one_line(refused, env_id, advice):
     (line,) = refused("--env-id", env_id).splitlines()
-    assert line.startswith(f"ppo_continuous.py: --env-id {env_id}: ") and advice in line
+    assert re.match(f"ppo_continuous.py: (--env-id )?{env_id}: ", line) and advice in line
 
 
 @pytest.mark.parametrize("value", ["nan", "-11", "11"])

@@ -365,15 +365,6 @@ def test_k1_and_k3_estimate_the_same_divergence():
     ).std() < log_ratio.std()  # the lower variance that (k3) is for
 
 
-def test_explained_variance():
-    returns = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert ppo.explained_variance(returns, returns) == 1.0
-    assert ppo.explained_variance(torch.zeros(4), returns) == 0.0
-    values = torch.tensor([1.0, 2.0, 3.0, 3.0])
-    assert ppo.explained_variance(values, returns) == pytest.approx(1 - 0.1875 / 1.25)
-    assert ppo.explained_variance(returns, torch.ones(4)) is None
-
-
 def test_fine_tuning_reward_gives_the_gradient_of_reward_minus_kl():
     """(kl-ref): the policy gradient of E[R − β log(π/π_ref)] is that of E[R] − β KL(π ‖ π_ref)."""
     torch.manual_seed(0)
