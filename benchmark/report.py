@@ -95,9 +95,29 @@ def runs(study):
     return found
 
 
+def reported(study):
+    """The runs that tables show: of "continuous" seeds 6 to 10, as soon as a task has them all."""
+    found = runs(study)
+    if study == "continuous":
+        for label, seeds in found.items():
+            fresh = {seed: run for seed, run in seeds.items() if seed > 5}
+            former = {seed: run for seed, run in seeds.items() if seed <= 5}
+            found[label] = fresh if len(fresh) == 5 else former
+    return found
+
+
+def flags(run):
+    return json.loads(run.with_name(f"{run.name}.args.json").read_text())
+
+
+def marked(task, seeds):
+    """The task, with a star if the former, longer scripts made one of these runs."""
+    return task + " *" * any("norm_adv_over" in flags(run) for run in seeds.values())
+
+
 def total_steps(run):
     """The flag --total-timesteps of a run."""
-    return json.loads(run.with_name(f"{run.name}.args.json").read_text())["total_timesteps"]
+    return flags(run)["total_timesteps"]
 
 
 def last_100(run):
@@ -139,12 +159,12 @@ def ppo_scores():
     head += ["worst seed", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, published in PUBLISHED.items():
-        seeds = runs("ppo").get(label)
+        seeds = reported("ppo").get(label)
         if not seeds:
             continue
         scores = np.array([last_100(run) for run in seeds.values()])
         low, high = interval(scores)
-        cells = [label, f"{total_steps(seeds[1]):,}", len(scores)]
+        cells = [marked(label, seeds), f"{total_steps(seeds[1]):,}", len(scores)]
         cells += [f"**{number(iqm(scores))}** [{number(low)}, {number(high)}]"]
         cells += [f"{number(scores.mean())} ± {number(scores.std(ddof=1))}"]
         cells += [number(scores.min()), *published]
@@ -158,9 +178,10 @@ def continuous_scores():
     lines, losses = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
     above, tied, below = [], [], []
     for label, (cleanrl, tianshou, rl_zoo3) in PUBLISHED_CONTINUOUS.items():
-        seeds = runs("continuous").get(label, {}).values()
-        if len(seeds) < 2:
+        found = reported("continuous").get(label, {})
+        if len(found) < 2:
             continue
+        seeds = found.values()
         last, (best, deviation) = np.array([last_100(run) for run in seeds]), best_evaluation(seeds)
         reloaded = np.array([column_of(run, "reloaded").mean() for run in seeds])
         losses += list((last - reloaded) / abs(last))
@@ -170,7 +191,11 @@ def continuous_scores():
             (tied if difference == 0 else above if difference > 0 else below).append(label)
         low, high = interval(last)
         interval_text = f"[{number(low, digits)}, {number(high, digits)}]"
-        cells = [label, len(last), f"**{number(iqm(last), digits)}** {interval_text}"]
+        cells = [
+            marked(label, found),
+            len(last),
+            f"**{number(iqm(last), digits)}** {interval_text}",
+        ]
         cells += [f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}", cleanrl]
         cells += [f"**{number(best, digits)}** ± {number(deviation, digits)}", tianshou, rl_zoo3]
         cells.append(number(reloaded.mean() / last.mean(), 2))
@@ -185,7 +210,7 @@ def continuous_scores():
 
 
 def continuous_sb3():
-    ours, theirs = runs("continuous"), runs("continuous-sb3")
+    ours, theirs = reported("continuous"), runs("continuous-sb3")
     programs = ["ppo_continuous.py", "stable-baselines3", "stable-baselines3, rl-zoo3's flags"]
     measures = ["last 100", "best evaluation"]
     heads = [f"{name}: {measure}" for name in programs for measure in measures]
@@ -214,20 +239,17 @@ def each(scores):
 
 
 def atari_scores():
-    head = ["game", "steps", "seeds", "last 100 games: mean score", "trained agent, 100 games"]
+    head = ["game", "seeds", "last 100 games: mean score", "trained agent, 100 games"]
     head += ["games played", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, found in runs("atari").items():
         game, seeds = label.split("-")[0], found.values()
         played = np.mean([len(column_of(run, "episodes")) for run in seeds])
-        steps = max(int(column_of(run, "metrics", "global_step").max()) for run in seeds)
-        total = total_steps(found[1])
-        done = f"{steps:,}" + f" of {total:,}" * (steps < 0.99 * total)  # unfinished
-        played_on = all(run.with_name(f"{run.name}.reloaded.csv.gz").exists() for run in seeds)
         trained = [last_100(run) for run in seeds]
-        reloaded = [column_of(run, "reloaded").mean() for run in seeds] if played_on else []
-        cells = [game, done, str(len(seeds)), f"**{number(np.mean(trained))}**{each(trained)}"]
-        cells += [f"{number(np.mean(reloaded))}{each(reloaded)}" if reloaded else ""]
+        reloaded = [column_of(run, "reloaded").mean() for run in seeds]
+        cells = [marked(game, found), str(len(seeds))]
+        cells += [f"**{number(np.mean(trained))}**{each(trained)}"]
+        cells += [f"{number(np.mean(reloaded))}{each(reloaded)}"]
         cells += [f"{played:,.0f}", *PUBLISHED_ATARI[game]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -372,7 +394,8 @@ def results(only=None):
     for study, label, task, published in rows:
         if only and task not in only:
             continue
-        found = list(runs(study)[label].values())
+        seeds = reported(study)[label]
+        found = list(seeds.values())
         scores = np.array([last_100(run) for run in found])
         digits = 0 if abs(scores.mean()) >= 500 else 1
         mean, score = number(scores.mean(), digits), number(iqm(scores), digits)
@@ -383,7 +406,7 @@ def results(only=None):
             score = f"**{score}**{each(scores)}"
         deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
         steps = f"{column_of(found[0], 'metrics', 'global_step').max() / 1e6:.1f}M"
-        cells = [task, steps, str(len(scores)), score]
+        cells = [marked(task, seeds), steps, str(len(scores)), score]
         cells += [f"{mean}{deviation}", published, minutes(found)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -397,7 +420,7 @@ def below():
     tasks += [("atari", f"{game}-10M", game) for game in PUBLISHED_ATARI]
     for study, label, task in tasks:
         published = mean_of(BEST_PUBLISHED[task])
-        scores = np.array([last_100(run) for run in runs(study)[label].values()])
+        scores = np.array([last_100(run) for run in reported(study)[label].values()])
         digits = 0 if abs(published) >= 500 else 1
         means = {"interquartile mean": iqm(scores), "mean": scores.mean()}
         short = [name for name, mean in means.items() if round(mean, digits) < published]
@@ -791,7 +814,7 @@ def headline():
     """Six learning curves: thin lines for seeds, a thick one for the interquartile mean."""
     for study, label, title in HEADLINE:
         figure, axes = new_figure(1, 1, (2.84, 2.5))
-        grid, curves = learning_curves(runs(study)[label])
+        grid, curves = learning_curves(reported(study)[label])
         axis = axes[0, 0]
         axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.9, alpha=0.6)
         axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5)
@@ -835,15 +858,15 @@ def learning_curves(seeds):
         table = read(run.with_name(f"{run.name}.episodes.csv.gz"))
         pairs = [[float(row["global_step"]), float(row["episodic_return"])] for row in table]
         steps, returns = np.array(pairs).T
-        args = json.loads(run.with_name(f"{run.name}.args.json").read_text())
-        grid = np.linspace(0, args["total_timesteps"], 101)[1:]
+        total = total_steps(run)
+        grid = np.linspace(0, total, 101)[1:]
         counts = np.searchsorted(steps, grid, side="right")
         sums = np.concatenate([[0], np.cumsum(returns)])
         starts = np.maximum(counts - 100, 0)
         with np.errstate(invalid="ignore"):
             curves.append((sums[counts] - sums[starts]) / (counts - starts))
         reached = column_of(run, "metrics", "global_step").max()
-        curves[-1][grid > reached + args["total_timesteps"] / 100] = np.nan  # not there yet
+        curves[-1][grid > reached + total / 100] = np.nan  # not there yet
     return grid, np.array(curves)
 
 
@@ -853,7 +876,7 @@ def figures(study, name, columns):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = runs(study)
+    found = reported(study)
     rows = -(-len(found) // columns)
     options = {"figsize": (4 * columns, 3 * rows), "constrained_layout": True, "squeeze": False}
     figure, axes = plt.subplots(rows, columns, **options)

@@ -54,7 +54,8 @@ def main():
             )
             with torch.random.fork_rng():
                 returns = ppo_continuous.evaluate(copy.deepcopy(agents[0]).cpu(), ten)
-            path = logger.run_dir / "evaluations" / f"{step:09}.csv"
+            run_dir = Path(logger.files[0].name).parent
+            path = run_dir / "evaluations" / f"{step:09}.csv"
             path.parent.mkdir(exist_ok=True)
             write(path, (), ((step, score) for score in returns.flatten().tolist()))
 

@@ -1,6 +1,7 @@
 """The runner of the studies: replacements in the source, summaries, interrupted and failed runs."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,3 +130,21 @@ def test_a_failed_run_is_reported_and_the_others_are_done(tmp_path, results, mon
     runner.main()  # only the one that failed is left
     expected = "python benchmark/run.py study --jobs 1 --resume --only bad-1\n"
     assert capfd.readouterr().out == expected
+
+
+def test_evaluations_on_the_way_do_not_disturb_training(tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", "20480"]
+    outcomes = []
+    for name in ("benchmark/train_and_evaluate.py", "ppo_continuous.py"):
+        runs_dir = tmp_path / Path(name).name
+        command = [sys.executable, ROOT / name, *flags, "--runs-dir", runs_dir]
+        subprocess.run(command, check=True, capture_output=True, timeout=100)
+        outcomes.append(next(runs_dir.iterdir()))
+    evaluated, plain = outcomes
+    texts = [(run_dir / "episodes.csv").read_text() for run_dir in outcomes]
+    assert texts[0] == texts[1]
+    evaluations = np.genfromtxt(evaluated / "evaluations.csv", delimiter=",", names=True)
+    assert evaluations["global_step"].tolist() == np.repeat(2048 * np.arange(1, 11), 10).tolist()
+    assert evaluations["episodic_return"][-10:].mean() > evaluations["episodic_return"][:10].mean()
+    assert len((evaluated / "reloaded.csv").read_text().splitlines()) == 21
+    assert not (plain / "evaluations.csv").exists()
