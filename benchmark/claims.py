@@ -33,6 +33,22 @@ Comparisons with the same label are one, over all their tasks. The first label o
 it; the others explain. The claim holds if the verdict is the one that it predicts.
 """
 BASE_SEEDS, SEEDS = 20, 5
+DECIDING = {  # claim: verdict and sign that it predicts, and the comparisons that must show them
+    "clip": ("matters", -1, ["no_details_against_no_clip"]),
+    "value-clip": ("does not matter", 0, ["clip_vloss"]),
+    "norm-adv": ("matters", -1, ["no_norm_adv"]),
+    "epochs": ("matters", -1, ["epochs_1"]),
+    "hundred-epochs": ("does not matter", 0, ["epochs_100"]),
+    "overfit": ("matters", -1, ["neither"]),
+    "entropy": ("matters", 1, ["ent_0_01"]),
+    "lambda": ("matters", -1, ["lambda_0", "lambda_1"]),
+    "time-limit": ("matters", -1, ["no_bootstrap"]),
+    "reset-rows": ("matters", -1, ["reset_rows"]),
+    "recompute": ("matters", -1, ["no_recompute"]),
+    "normalisation": ("matters", -1, ["no_norm_obs", "no_norm_reward"]),
+    "start": ("matters", -1, ["head_gain_1", "no_anneal", "log_std_0"]),
+    "kl-penalty": ("does not matter", 0, ["best_beta"]),
+}
 
 HALF_CHEETAH, HOPPER, WALKER, LUNAR = "HalfCheetah-v5 Hopper-v5 Walker2d-v5 LunarLander-v3".split()
 MUJOCO = (HALF_CHEETAH, HOPPER, WALKER)
@@ -377,6 +393,19 @@ def verdict(effects):
     if -0.1 <= low and high <= 0.1:
         return "does not matter"
     return f"not settled (± {(high - low) / 2:.0%})"
+
+
+def outcome(claim, effects, more=True):
+    """Whether the claim holds, from {label: effects}; `more`: what else its prediction asks for."""
+    wanted, sign, labels = DECIDING[claim.name]
+    verdicts = [verdict(effects[label]) for label in labels]
+    unsettled = [found for found in verdicts if found.startswith("not settled")]
+    if unsettled:
+        return unsettled[0]
+    if "depends on the task" in verdicts:
+        return "depends on the task"
+    signs = all(sign * effects[label]["pooled"][0] >= 0 for label in labels)
+    return "holds" if set(verdicts) == {wanted} and signs and more else "does not hold"
 
 
 def random_returns(task, episodes=100):

@@ -23,8 +23,22 @@ import re
 import sys
 from pathlib import Path
 
+import drawing
 import numpy as np
-from claims import BASE_SEEDS, CLAIMS, REFERENCES, SEEDS, SOURCES, bootstrap, verdict
+from claim_figures import CLIPS, FIGURES, LADDER_STEPS, complete, mean_kl
+from claims import (
+    BASE_SEEDS,
+    CLAIMS,
+    DECIDING,
+    REFERENCES,
+    SEEDS,
+    SOURCES,
+    TWO,
+    bootstrap,
+    outcome,
+    verdict,
+)
+from drawing import GREY, new_figure
 from scipy import stats
 from studies import CANDIDATES, FORMER_CANDIDATES, SELECTION_TASKS
 
@@ -448,6 +462,14 @@ def claim_effects(claim):
         for task in comparison.tasks:
             names = [f"{task}--{arm}" for arm in arms]
             tasks_of.setdefault(comparison.label, {})[task] = names
+    if claim.name == "kl-penalty":  # of each task the best β, if it has them all
+        best = lambda names: max(names, key=lambda three: arm_scores[three[0]].mean())
+        of_task = {task: [tasks_of[label][task] for label in tasks_of] for task in TWO}
+        tasks_of["best_beta"] = {
+            task: best(names)
+            for task, names in of_task.items()
+            if all(three[0] in arm_scores for three in names)
+        }
     effects = {}
     for label, tasks in tasks_of.items():
         scores = {
@@ -470,9 +492,64 @@ def percent(effect, low, high):
     return text.replace("-", "−").replace("%", " %")
 
 
+def ratio_of_kls():
+    """{(task, ε): mean approx_kl, divided by ½ε²}."""
+    data = complete(summaries("claims"), TWO, CLIPS.values(), mean_kl)
+    return {
+        (task, clip): values[arm].mean() / (clip**2 / 2)
+        for task, values in data.items()
+        for clip, arm in CLIPS.items()
+    }
+
+
+def clipfrac_stays():
+    """Whether clipfrac of epoch 100 is within 10 % of that of epoch 20."""
+    seeds = summaries("claims")["HalfCheetah-v5--plain-short-epochs-100"].values()
+    means = [
+        np.nanmean([np.array(run["metrics"][f"clipfrac_in_epoch_{n}"], float) for run in seeds])
+        for n in (20, 100)
+    ]
+    return abs(means[1] / means[0] - 1) <= 0.1
+
+
+def decision(claim):
+    """What decides the claim, in figures, and the outcome; None as long as runs are missing."""
+    found = claim_effects(claim)
+    effects = {label: of_tasks for label, (of_tasks, missing) in found.items() if missing == 0}
+    if claim.name == "clip-kl":
+        ratios = ratio_of_kls()
+        if len(ratios) < len(TWO) * len(CLIPS):
+            return None
+        low, high = min(ratios.values()), max(ratios.values())
+        near = low >= 0.5 and high <= 2
+        return f"{low:.2f} to {high:.2f} times ½ε²", "holds" if near else "does not hold"
+    if len(effects) < len({comparison.label for comparison in claim.comparisons}):
+        return None
+    if claim.name == "ladder":
+        data = complete(summaries("claims"), ["HalfCheetah-v5"], LADDER_STEPS.values())
+        means = [scores.mean() for scores in data["HalfCheetah-v5"].values()]
+        step = int(np.argmax(np.diff(means)))
+        largest = list(LADDER_STEPS)[step + 1].replace("\n", " ")
+        gain = number(means[step + 1] - means[step], 0)
+        return f"{number(means[0], 0)} → {number(means[-1], 0)}", f"most: {largest} (+{gain})"
+    more = True
+    if claim.name == "epochs":
+        more = effects["epochs_1"]["pooled"][0] < -0.5
+    if claim.name == "hundred-epochs":
+        more = clipfrac_stays()
+    if claim.name == "lambda":
+        others = [effects[label] for label in ("lambda_0.5", "lambda_0.9", "lambda_0.99")]
+        more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
+    labels = DECIDING[claim.name][2]
+    parts = [percent(*effects[label]["pooled"]) for label in labels]
+    if len(labels) > 1:
+        parts = [f"{label.replace('_', ' ')}: {part}" for label, part in zip(labels, parts)]
+    return "; ".join(parts), outcome(claim, effects, more)
+
+
 def claims():
     """For each claim: who says so, the effects measured here and the verdict of RULE."""
-    lines = ["The first comparison of each claim; blue: all tasks, grey: each task."]
+    lines = ["The comparison that decides each claim; blue: all tasks, grey: each task."]
     lines += ["![Effects and their intervals](results/claims.svg)", ""]
     if not any(map(claim_effects, CLAIMS)):
         lines = []
@@ -491,15 +568,28 @@ def claims():
             name = label.replace("_", " ")
             lines.append(f"| {name} | {each} | **{percent(*of_tasks['pooled'])}** | {word} |")
         lines.append("")
+        if claim.name in FIGURES and (figure := FIGURES[claim.name](summaries("claims"))):
+            drawing.close(figure)
+            lines += [f"![{claim.text}](results/claim-{claim.name}.svg)", ""]
+        if decided := decision(claim):
+            lines += [f"**{decided[1].capitalize()}**: {decided[0]}.", ""]
     return lines[:-1]
 
 
+def claim_figures():
+    for claim in CLAIMS:
+        if claim.name in FIGURES and (figure := FIGURES[claim.name](summaries("claims"))):
+            save(figure, f"claim-{claim.name}.svg")
+
+
 def claims_figure():
-    """The first comparison of each claim: effect and interval of each task and of all tasks."""
+    """The deciding comparison of each claim: effect and interval of each and of all tasks."""
     rows = []
     for claim in CLAIMS:
         effects = claim_effects(claim)
         label = claim.comparisons[0].label
+        if claim.name in DECIDING:
+            label = DECIDING[claim.name][2][0]
         if label in effects:
             rows.append((f"{claim.number}. {label.replace('_', ' ')}", effects[label][0]))
     if not rows:
@@ -521,7 +611,11 @@ def claims_figure():
 
 
 def does_it_matter():
-    """What runs of flags for ppo_continuous.py, made before the studies of claims, say already."""
+    """The claims that have been decided; until then what runs of former flags say already."""
+    decided = [(claim, decision(claim)) for claim in CLAIMS]
+    if any(found for _, found in decided):
+        lines = ["| claim | effect | verdict |", "|---|---|---|"]
+        return lines + [f"| {c.text} | {found[0]} | {found[1]} |" for c, found in decided if found]
     found, chosen = runs("continuous-defaults"), runs("continuous")
     mean = lambda seeds: np.mean([last_100(run) for run in seeds.values()])
     times = {
@@ -825,30 +919,8 @@ def headline():
         save(figure, f"headline-{title}.svg")
 
 
-GREY = "#808080"  # reads well on white and on black
-
-
-def new_figure(rows, columns, size):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.hashsalt": "ppo", "font.size": 11, "text.color": GREY})
-    plt.rcParams.update({"axes.edgecolor": GREY, "axes.labelcolor": GREY})
-    plt.rcParams.update({"xtick.color": GREY, "ytick.color": GREY})
-    options = {"figsize": size, "constrained_layout": True, "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **options)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def save(figure, name):
-    import matplotlib.pyplot as plt
-
-    figure.savefig(RESULTS / name, transparent=True, metadata={"Date": None})
-    plt.close(figure)
+    drawing.save(figure, RESULTS / name)
 
 
 def learning_curves(seeds):
@@ -916,6 +988,7 @@ def main():
     headline()
     rlhf_figure()
     claims_figure()
+    claim_figures()
 
 
 if __name__ == "__main__":

@@ -161,6 +161,76 @@ def test_the_table_of_a_claim(tmp_path, monkeypatch):
     assert row.endswith("**−50 % [−50 %, −50 %]** | matters |")
 
 
+ODD = {  # arm: score, where it is not 110; the random policy has 10
+    "plain-no-clip": 100.0,
+    "plain-no-details": 60.0,
+    "clip-vloss": 112.0,
+    "no-norm-adv": 60.0,
+    "plain-epochs-1": 30.0,
+    "ent-0.01": 150.0,
+    "lambda-0": 40.0,
+    "lambda-1": 40.0,
+    "no-norm-obs": 20.0,  # but not no-norm-reward: claim 13 does not hold
+    "plain-kl-penalty-1": 112.0,
+    "plain-kl-penalty-3": 50.0,
+    "base": 110.0,
+    "cleanrl": 60.0,
+}
+HOLD = {"clip", "value-clip", "norm-adv", "epochs", "hundred-epochs", "entropy", "lambda"}
+HOLD |= {"kl-penalty", "clip-kl"}
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    returns = dict.fromkeys(claims.TASKS, 10.0)
+    (tmp_path / "claims-random.json").write_text(json.dumps(returns))
+    (tmp_path / "claims").mkdir()
+    for run in claims.STUDIES["claims"]:
+        arm = run.label.split("--")[1]
+        score = ODD.get(arm, 110.0)
+        clip = float(arm.removeprefix("plain-clip-")) if arm.startswith("plain-clip-") else 0.2
+        metrics = {"approx_kl": [0.6 * clip**2] * 50, "entropy": [1.0] * 50}
+        for epoch in (1, 2, 5, 10, 20, 50, 100):
+            for name in ("approx_kl", "clipfrac", "max_ratio_dev"):
+                metrics[f"{name}_in_epoch_{epoch}"] = [min(epoch, 20) / 100] * 50
+        summary = {"score": score, "mean_return": score, "metrics": metrics}
+        (tmp_path / "claims" / f"{run.name}.json").write_text(json.dumps(summary))
+    return tmp_path
+
+
+def test_every_claim_is_decided_and_drawn(made_up):
+    decided = {claim.name: report.decision(claim) for claim in claims.CLAIMS}
+    assert decided.pop("ladder") == ("60 → 110", "most: log σ −0.5 (+50)")
+    assert {name for name, (_, word) in decided.items() if word == "holds"} == HOLD
+    assert {word for _, word in decided.values()} == {"holds", "does not hold"}
+    assert decided["norm-adv"][0] == "−50 % [−50 %, −50 %]"
+    assert decided["kl-penalty"][0] == "+2 % [+2 %, +2 %]"  # the best β
+    assert decided["clip-kl"][0] == "1.20 to 1.20 times ½ε²"
+    assert decided["normalisation"][0].startswith("no norm obs: −90 %")
+    report.claims_figure()
+    report.claim_figures()
+    drawn = {path.stem.removeprefix("claim-") for path in made_up.glob("claim-*.svg")}
+    assert drawn == {"clip-kl", "epochs", "entropy", "hundred-epochs", "kl-penalty", "ladder"} | {
+        "lambda",
+        "overfit",
+    }
+    assert len(report.does_it_matter()) == 2 + 16
+
+
+def test_a_claim_with_a_further_condition(made_up):
+    """λ = 0.9 is better than 0.95 here; and one epoch loses less than half."""
+    arms = [(task, "lambda-0.9", 150) for task in claims.FOUR]
+    arms += [(task, "plain-epochs-1", 70) for task in claims.TWO]
+    for task, arm, score in arms:
+        summary = json.dumps({"score": score, "mean_return": score})
+        for seed in range(1, 6):
+            (made_up / "claims" / f"{task}--{arm}-{seed}.json").write_text(summary)
+    of_name = {claim.name: claim for claim in claims.CLAIMS}
+    for name in ("lambda", "epochs"):
+        assert report.decision(of_name[name])[1] == "does not hold"
+
+
 def test_every_claim_names_what_others_found():
     text = (Path(__file__).parents[1] / "benchmark" / "README.md").read_text()
     assert claims.SOURCES.keys() == {claim.name for claim in claims.CLAIMS}
