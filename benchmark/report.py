@@ -40,7 +40,7 @@ from claims import (
 )
 from drawing import GREY, new_figure
 from scipy import stats
-from studies import CANDIDATES, FORMER_CANDIDATES, SELECTION_TASKS
+from studies import CANDIDATES, FORMER_CANDIDATES, GIVEN_UP, SELECTION_TASKS
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -381,7 +381,9 @@ def selection():
     verdicts = []
     for candidate, of_task in ratios.items():
         bad = [task for task in of_task if of_task[task] < 0.85 * ratios[today][task]]
-        if bad:
+        if candidate in GIVEN_UP:
+            verdicts.append("given up")
+        elif bad:
             verdicts.append(f"excluded ({', '.join(bad)})")
         elif len(of_task) < len(SELECTION_TASKS) or min(map(len, scores[candidate].values())) < 4:
             verdicts.append("unfinished")
