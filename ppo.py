@@ -5,7 +5,7 @@
     python ppo.py --resume runs/DIR                              # continue a run
     python ppo.py --evaluate runs/DIR --greedy --capture-video   # play and film an agent
 
-Read from the top; the algorithm ends with training. The README explains labels like (gae).
+Read from the top; after train come only tools. The README explains labels like (gae).
 Shapes: a rollout has T steps of N environments, B is any number of rows, D an observation's size.
 """
 
@@ -33,10 +33,10 @@ LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
 
 # ---------- Flags ----------
 @dataclass
-class Args:  # tyro makes each field a flag, its comment the help text
+class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "CartPole-v1"  # environment with discrete actions, or my_module:MyEnv-v0
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: native, else sync
-    total_timesteps: int = 500_000  # steps of all environments, rounded down to whole rollouts
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: built-in, else sync
+    total_timesteps: int = 500_000  # steps of all environments, resets too, in whole rollouts
     num_envs: int = 4  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -44,7 +44,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
     learning_rate: float = 2.5e-4  # initial learning rate of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0, (lr)
     gamma: float = 0.99  # discount factor in [0, 1], (td)
-    gae_lambda: float = 0.95  # 0: low variance, high bias; 1: the reverse, (gae)
+    gae_lambda: float = 0.95  # λ: 0 gives least variance, 1 least bias, (gae)
     bootstrap_truncated: bool = True  # add the value of the state after a time limit, (td)
     num_minibatches: int = 4  # minibatches per epoch; must divide num_envs * num_steps
     update_epochs: int = 4  # passes over each rollout
@@ -53,16 +53,16 @@ class Args:  # tyro makes each field a flag, its comment the help text
     clip_vloss: bool = True  # clip the value loss with the same ε, (vf-clip)
     ent_coef: float = 0.01  # weight of the entropy bonus, c_e in (total)
     vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
-    max_grad_norm: float = 0.5  # scale longer gradients down to this; inf: never
+    max_grad_norm: float = 0.5  # upper limit of the gradient's norm; inf: none
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
-    norm_reward: bool = False  # divide rewards by the std of their running sums, (rew-norm)
-    reference: str | None = None  # run directory of an agent to start from and stay close to
+    norm_reward: bool = False  # divide rewards by the std of discounted sums, (rew-norm)
+    reference: str | None = None  # run directory of an agent to start from; sets norm_obs
     kl_coef: float = 0.0  # β: penalty for leaving the reference, (kl-ref)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch in training
-    compile: bool = False  # use torch.compile, on a GPU with CUDA graphs: slow to start
+    compile: bool = False  # use torch.compile (CUDA graphs on a GPU); starts slowly
     runs_dir: str = "runs"  # holds the run directories
     save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
     resume: str | None = None  # continue the run in this directory, with its own flags
@@ -84,19 +84,19 @@ class Args:  # tyro makes each field a flag, its comment the help text
         rows, parts = self.num_envs * self.num_steps, self.num_minibatches  # of a rollout
         if self.resume is None and self.evaluate is None:
             if self.total_timesteps < rows:
-                raise UsageError(f"--total-timesteps {self.total_timesteps}: a rollout has {rows}")
+                raise UsageError(f"--total-timesteps {self.total_timesteps}: must be >= {rows}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must divide {rows} into parts >= 2")
+                raise UsageError(f"--num-minibatches {parts}: must cut {rows} in equal parts > 1")
+            if self.kl_coef > 0 and self.reference is None:
+                raise UsageError("--kl-coef needs --reference")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
             raise UsageError("--greedy and --capture-video need --evaluate")
-        if self.kl_coef > 0 and self.reference is None:
-            raise UsageError("--kl-coef needs --reference")
 
 
 class UsageError(ValueError):
-    """Bad input, as the message says."""
+    """Bad input; main prints it."""
 
 
 # ---------- Environments ----------
@@ -109,7 +109,7 @@ def make_envs(args):
         raise UsageError(f"--env-id {args.env_id}: {error}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        raise UsageError(f"{args.env_id}: actions must be Discrete from 0; see ppo_continuous.py")
+        raise UsageError(f"{args.env_id}: needs Discrete(n), start 0; for Box: ppo_continuous.py")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UsageError(f"{args.env_id}: must reset in the step after an episode (NEXT_STEP)")
     if args.capture_video:
@@ -121,8 +121,8 @@ def make_envs(args):
 
 
 def start_envs(args, iteration):
-    """New environments and their first observations. The seed and the iteration decide everything
-    random in them and in torch, so that a resumed run is exact."""
+    """New environments and their first observations. All their and torch's randomness follows from
+    the seed and the iteration: a resumed run repeats the original."""
     state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
     seed = int(state[0]) % (2**31 - 1 - args.num_envs)  # environment i gets seed + i < 2^31
     torch.manual_seed(seed)
@@ -142,7 +142,7 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape) by Chan's formula: any split into batches gives the same."""
+        """Merges rows (B, *shape) by Chan's formula: splits do not change the result."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
         share = len(rows) / (self.count + len(rows))  # the new rows' share of all
         delta = mean - self.mean
@@ -168,7 +168,7 @@ class Agent(nn.Module):
         self.norm_obs = norm_obs
         self.obs_stats = RunningStats(observation_space.shape[0])
         self.return_stats = RunningStats()
-        self.actor = mlp(observation_space.shape[0], int(action_space.n), 0.01)  # nearly uniform
+        self.actor = mlp(observation_space.shape[0], int(action_space.n), 0.01)  # near-uniform
         self.critic = mlp(observation_space.shape[0], 1, 1.0)
 
     def normalize(self, obs):
@@ -180,10 +180,10 @@ class Agent(nn.Module):
 
     def act(self, x, greedy=False):
         """x (B, D) → actions (B,): sampled from π, or the most probable ones."""
-        scores = self.actor(x)
-        if not greedy:  # with Gumbel noise, the argmax is a sample of π; faster than torch's
-            scores = scores - torch.empty_like(scores).exponential_().log()
-        return scores.argmax(-1)
+        logits = self.actor(x)
+        if not greedy:  # −log(exponential) is Gumbel noise: the argmax then samples from π
+            logits = logits - torch.empty_like(logits).exponential_().log()
+        return logits.argmax(-1)
 
     def value(self, x):
         """x (B, D) → V(s) (B,)."""
@@ -200,7 +200,7 @@ def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
     Only for speed: clipping and Adam then take one operation, not one per layer. Call it after
-    agent.to(device), and zero the gradient in place: None would break the views."""
+    agent.to(device), and zero the gradient in place: setting None breaks the views."""
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     vector.grad = torch.zeros_like(vector)
@@ -278,7 +278,7 @@ def ppo_loss(agent, batch, args):
 
 def scale_rewards(rewards, resets, stats, gamma, running_sum):
     """(rew-norm): divides rewards (T, N) by the standard deviation of their discounted sums, and
-    clips to ±10. Sums restart at resets (T, N); running_sum (N,) goes on to the next rollout."""
+    clips to ±10. Sums restart at resets (T, N); running_sum (N,) is kept between rollouts."""
     sums = []
     for t in range(len(rewards)):
         running_sum = gamma * running_sum * ~resets[t] + rewards[t]
@@ -314,7 +314,7 @@ def train(args):
 
     # The environments use numpy, so a rollout is recorded in numpy.
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
-    done = np.zeros((T + 1, N), bool)  # done[t+1]: step t ended; if done[t], step t only resets
+    done = np.zeros((T + 1, N), bool)  # done[t]: step t-1 ended an episode, step t only resets
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
@@ -335,7 +335,7 @@ def train(args):
             envs, obs[T] = start_envs(args, iteration)
             done[T] = False
             sums = torch.zeros(N, device=device)  # of discounted rewards, for (rew-norm)
-            logger.score, logger.length = np.zeros(N), np.zeros(N, int)  # of running episodes
+            logger.score, logger.length = np.zeros(N), np.zeros(N, int)
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
@@ -355,7 +355,7 @@ def train(args):
             x = agent.normalize(to_tensor(obs))
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
-        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # step t resets, ends
+        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # booleans of step t
         scaled = to_tensor(rewards).float()
         if reference is not None:  # (kl-ref): drifting away costs reward
             reference_x = reference.normalize(to_tensor(obs[:-1]))
@@ -364,8 +364,8 @@ def train(args):
             scaled = scaled - args.kl_coef * drift
         if args.norm_reward:
             scaled, sums = scale_rewards(scaled, resets, agent.return_stats, args.gamma, sums)
-        final = to_tensor(terminated) if args.bootstrap_truncated else ended
-        advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
+        stops = to_tensor(terminated) if args.bootstrap_truncated else ended  # no value after these
+        advantages = compute_gae(scaled, values, stops, ended, args.gamma, args.gae_lambda)
         batch = {
             "x": x[:-1],
             "actions": to_tensor(actions),
@@ -380,7 +380,7 @@ def train(args):
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, to replace dropped ones: torch.compile needs fixed shapes.
+        # Repeat a few rows in place of the dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for _ in range(args.update_epochs):
@@ -426,8 +426,8 @@ def train(args):
 def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
     envs, obs = start_envs(args, 0)
-    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # the last column is not counted
-    episode = np.zeros(args.num_envs, int)  # that each environment plays, from 0
+    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # last column: surplus episodes
+    episode = np.zeros(args.num_envs, int)  # number, for each environment
     while episode.min() < args.eval_episodes:
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
         actions = agent.act(x, args.greedy).numpy()
@@ -446,7 +446,7 @@ def open_run(args, agent, optimizer):
         _, checkpoint = load_run(run_dir)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for name, size in checkpoint["sizes"].items():  # later rows will be written again
+        for name, size in checkpoint["sizes"].items():  # drop rows that are redone
             os.truncate(run_dir / name, size)
         return run_dir, checkpoint["iteration"], checkpoint["seconds"]
     name = f"{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -497,17 +497,17 @@ class Logger:
         if args.track:
             import wandb  # slow to import
 
-            fallback = "online" if wandb.login(prompt=False) else "offline"  # no credentials
+            fallback = "online" if wandb.login(prompt=False) else "offline"  # not logged in
             mode = os.environ.get("WANDB_MODE", fallback)
             run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
-            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
+            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # same id: same run
 
     def log(self, metrics, rewards, done):
         """Writes metrics and the episodes of a rollout: rewards (T, N), done (T+1, N)."""
         T, N = rewards.shape
         episodes = []
         for t in range(T):
-            self.score += rewards[t]
+            self.score += rewards[t]  # train zeroes it
             self.length += ~done[t]  # a step that only resets does not count
             for n in np.flatnonzero(done[t + 1]):
                 step = metrics["global_step"] - (T - t - 1) * N
@@ -535,7 +535,7 @@ def main():
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:
-            saved, _ = load_run(args.resume if args.evaluate is None else args.evaluate)
+            saved, _ = load_run(args.resume or args.evaluate)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
             may_differ = {"resume", "evaluate", "device", "threads", "track"}
             if args.evaluate is not None:
@@ -543,7 +543,7 @@ def main():
             for name, value in vars(saved).items():
                 if getattr(args, name) != value and name not in may_differ:
                     flag = "--" + name.replace("_", "-")
-                    raise UsageError(f"{flag} {getattr(args, name)}: the run has {value}")
+                    raise UsageError(f"{flag} {getattr(args, name)}: must stay {value}")
         if args.evaluate is None:
             train(args)
             return

@@ -6,7 +6,7 @@
     python ppo_atari.py --evaluate runs/DIR --greedy --capture-video # play and film an agent
     torchrun --nproc-per-node 8 ppo_atari.py                         # on 8 GPUs
 
-Read from the top; the algorithm ends with training. The README explains labels like (gae).
+Read from the top; after train come only tools. The README explains labels like (gae).
 Shapes: a rollout has T steps of N environments, B is any number of rows. With torchrun, each
 process plays --num-envs games of its own, and the gradients are averaged.
 """
@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-# Before torch is imported: its idle threads then soon leave the CPU to the games.
+# Must precede `import torch`: its idle threads then soon free the CPU for games.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -44,9 +44,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 
 # ---------- Flags ----------
 @dataclass
-class Args:  # tyro makes each field a flag, its comment the help text
-    env_id: str = "ALE/Breakout-v5"  # game; Pong and PongNoFrameskip-v4 are ALE/Pong-v5
-    total_timesteps: int = 10_000_000  # steps of all environments, rounded down to whole rollouts
+class Args:  # tyro: each field is a flag, its comment the help
+    env_id: str = "ALE/Breakout-v5"  # game; also as Breakout, BreakoutNoFrameskip-v4
+    total_timesteps: int = 10_000_000  # steps of all environments, resets too, in whole rollouts
     num_envs: int = 8  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -54,7 +54,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
     learning_rate: float = 2.5e-4  # initial learning rate of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0, (lr)
     gamma: float = 0.99  # discount factor in [0, 1], (td)
-    gae_lambda: float = 0.95  # 0: low variance, high bias; 1: the reverse, (gae)
+    gae_lambda: float = 0.95  # λ: 0 gives least variance, 1 least bias, (gae)
     bootstrap_truncated: bool = True  # add the value of the state after a time limit, (td)
     num_minibatches: int = 4  # minibatches per epoch; must divide num_envs * num_steps
     update_epochs: int = 4  # passes over each rollout
@@ -63,7 +63,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
     clip_vloss: bool = True  # clip the value loss with the same ε, (vf-clip)
     ent_coef: float = 0.01  # weight of the entropy bonus, c_e in (total)
     vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
-    max_grad_norm: float = 0.5  # scale longer gradients down to this; inf: never
+    max_grad_norm: float = 0.5  # upper limit of the gradient's norm; inf: none
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     clip_rewards: bool = True  # learn from the sign of the rewards; logs show the score
     episodic_life: bool = True  # a lost life counts as terminated, and FIRE is pressed next
@@ -73,7 +73,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
     bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16 in Agent.network; auto: if supported
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
     threads: int | None = None  # CPU threads of torch in training; None: torch decides
-    compile: bool = False  # use torch.compile, on a GPU with CUDA graphs: slow to start
+    compile: bool = False  # use torch.compile (CUDA graphs on a GPU); starts slowly
     runs_dir: str = "runs"  # holds the run directories
     save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
     resume: str | None = None  # continue the run in this directory, with its own flags
@@ -96,9 +96,9 @@ class Args:  # tyro makes each field a flag, its comment the help text
         if self.resume is None and self.evaluate is None:
             steps, total = rows * WORLD_SIZE, self.total_timesteps
             if total < steps:
-                raise UsageError(f"--total-timesteps {total}: a rollout has {steps}")
+                raise UsageError(f"--total-timesteps {total}: must be >= {steps}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must divide {rows} into parts >= 2")
+                raise UsageError(f"--num-minibatches {parts}: must cut {rows} in equal parts > 1")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
@@ -106,7 +106,7 @@ class Args:  # tyro makes each field a flag, its comment the help text
 
 
 class UsageError(ValueError):
-    """Bad input, as the message says."""
+    """Bad input; main prints it."""
 
 
 # ---------- Environments ----------
@@ -143,7 +143,7 @@ class AtariGames(gym.vector.VectorWrapper):
 
 
 def make_envs(args, for_film=False):
-    """args.num_envs games: 4 frames a step, up to 29 without action first; observations are the
+    """args.num_envs games: 4 frames a step, after up to 29 no-ops; observations are the
     last 4 steps in grey, (N, 4, 84, 84), or for a film one in colour, (N, 1, 210, 160, 3)."""
     game = args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4")
     options = {"life_loss_info": args.episodic_life, "reward_clipping": False}  # scores, not signs
@@ -160,8 +160,8 @@ def make_envs(args, for_film=False):
 
 
 def start_envs(args, iteration, for_film=False):
-    """New environments and their first observations. The seed and the iteration decide everything
-    random in them and in torch, so that a resumed run is exact."""
+    """New environments and their first observations. All their and torch's randomness follows from
+    the seed and the iteration: a resumed run repeats the original."""
     state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
     seed = int(state[0]) % (2**31 - 1 - args.num_envs * WORLD_SIZE)
     seed += args.num_envs * RANK  # environment i gets seed + i < 2^31, different in each process
@@ -204,7 +204,7 @@ class Agent(nn.Module):
             orthogonal(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
         )
-        self.actor = orthogonal(nn.Linear(512, int(action_space.n)), 0.01)  # nearly uniform
+        self.actor = orthogonal(nn.Linear(512, int(action_space.n)), 0.01)  # near-uniform
         self.critic = orthogonal(nn.Linear(512, 1), 1.0)
 
     def features(self, obs):
@@ -216,10 +216,10 @@ class Agent(nn.Module):
 
     def act(self, x, greedy=False):
         """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
-        scores = self.actor(x)
-        if not greedy:  # with Gumbel noise, the argmax is a sample of π; faster than torch's
-            scores = scores - torch.empty_like(scores).exponential_().log()
-        return scores.argmax(-1)
+        logits = self.actor(x)
+        if not greedy:  # −log(exponential) is Gumbel noise: the argmax then samples from π
+            logits = logits - torch.empty_like(logits).exponential_().log()
+        return logits.argmax(-1)
 
     def value(self, x):
         """x (B, 512) → V(s) (B,)."""
@@ -236,7 +236,7 @@ def flat_parameters(agent):
     """Moves all parameters into one vector; the agent's weights and gradients become views of it.
 
     Only for speed: clipping, Adam and averaging then take one operation, not one per layer.
-    Call it after agent.to(device), and zero the gradient in place: None would break the views.
+    Call it after agent.to(device), and zero the gradient in place: setting None breaks the views.
     """
     parameters = list(agent.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -369,15 +369,15 @@ def train(args):
             envs, first_obs = start_envs(args, iteration)
             obs[T] = torch.from_numpy(first_obs).movedim(1, -1)
             if RANK == 0:
-                logger.score, logger.length = np.zeros(N), np.zeros(N, int)  # of running games
+                logger.score, logger.length = np.zeros(N), np.zeros(N, int)
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0] = obs[T]  # continue where the last rollout ended
-        # Autocast forgets the bfloat16 copies of the weights when the outermost one ends. This one,
-        # itself off, makes the one in features copy them once per rollout.
+        # autocast drops its bfloat16 copies of the weights when its outermost block ends. This
+        # block, itself off, lasts a rollout, so features makes them just once.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t].movedim(-1, 1))
@@ -393,9 +393,9 @@ def train(args):
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         ended, played = to_tensor(terminated | truncated), to_tensor(valid)
-        final = to_tensor(terminated) if args.bootstrap_truncated else ended
+        stops = to_tensor(terminated) if args.bootstrap_truncated else ended  # no value after these
         scaled = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
-        advantages = compute_gae(scaled, values, final, ended, args.gamma, args.gae_lambda)
+        advantages = compute_gae(scaled, values, stops, ended, args.gamma, args.gae_lambda)
         batch = {
             "obs": obs[:-1],
             "actions": to_tensor(actions),
@@ -410,7 +410,7 @@ def train(args):
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         rows = len(batch["actions"])
-        # Some rows are used twice, to replace dropped ones: torch.compile needs fixed shapes.
+        # Repeat a few rows in place of the dropped ones: torch.compile needs fixed shapes.
         fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for _ in range(args.update_epochs):
@@ -467,8 +467,8 @@ def evaluate(agent, args):
         os.makedirs(f"{args.evaluate}/videos", exist_ok=True)
         path = f"{args.evaluate}/videos/{time.time_ns()}.mp4"
         film = FFMPEG_VideoWriter(path, (160, 210), fps=15)
-    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # the last column is not counted
-    episode = np.zeros(args.num_envs, int)  # that each environment plays, from 0
+    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # last column: surplus episodes
+    episode = np.zeros(args.num_envs, int)  # number, for each environment
     while episode.min() < args.eval_episodes:
         x = agent.features(torch.from_numpy(obs))
         actions = agent.act(x, args.greedy).numpy()
@@ -495,7 +495,7 @@ def open_run(args, agent, optimizer):
             raise UsageError(f"--resume {run_dir}: needs {checkpoint['world_size']} processes")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        for name, size in checkpoint["sizes"].items():  # later rows will be written again
+        for name, size in checkpoint["sizes"].items():  # drop rows that are redone
             os.truncate(run_dir / name, size)
         return run_dir, checkpoint["iteration"], checkpoint["seconds"]
     if RANK > 0:  # process 0 saves for all, and logs its own games
@@ -551,10 +551,10 @@ class Logger:
         if args.track:
             import wandb  # slow to import
 
-            fallback = "online" if wandb.login(prompt=False) else "offline"  # no credentials
+            fallback = "online" if wandb.login(prompt=False) else "offline"  # not logged in
             mode = os.environ.get("WANDB_MODE", fallback)
             run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
-            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # continues the same id
+            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # same id: same run
 
     def log(self, metrics, rewards, new_game):
         """Writes metrics and the games of a rollout: rewards, new_game (T, N)."""
@@ -566,7 +566,7 @@ class Logger:
                 episode = {"global_step": step, "episodic_return": self.score[n]}
                 episodes.append(episode | {"episodic_length": self.length[n]})
                 self.score[n] = self.length[n] = 0
-            self.score += rewards[t]
+            self.score += rewards[t]  # train zeroes it
             self.length += ~new_game[t]  # a step that only resets does not count
         metrics["episodes"] = len(episodes)
         for name in ("episodic_return", "episodic_length"):
@@ -589,7 +589,7 @@ def main():
     try:
         args = tyro.cli(Args, description=__doc__)
         if args.resume is not None or args.evaluate is not None:
-            saved, _ = load_run(args.resume if args.evaluate is None else args.evaluate)
+            saved, _ = load_run(args.resume or args.evaluate)
             args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
             may_differ = {"resume", "evaluate", "device", "threads", "track"}
             if args.evaluate is not None:
@@ -597,7 +597,7 @@ def main():
             for name, value in vars(saved).items():
                 if getattr(args, name) != value and name not in may_differ:
                     flag = "--" + name.replace("_", "-")
-                    raise UsageError(f"{flag} {getattr(args, name)}: the run has {value}")
+                    raise UsageError(f"{flag} {getattr(args, name)}: must stay {value}")
         if args.evaluate is None:
             train(args)
             return

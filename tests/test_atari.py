@@ -608,7 +608,7 @@ def test_bad_input_gets_one_line(tmp_path, monkeypatch, capsys, argv, message):
         ("--sticky-actions=1.5", "[0, 1]"),
         ("--max-episode-frames=10", "[400, inf]"),
         ("--num-minibatches=3", "1024"),
-        ("--total-timesteps=1023", "a rollout has 1024"),
+        ("--total-timesteps=1023", "must be >= 1024"),
         ("--num-steps=1", "[2, inf]"),
         ("--capture-video", "--evaluate"),
     ],

@@ -119,7 +119,7 @@ def test_the_table_has_all_numbers():
 
 
 def test_total_timesteps(refused_flag):
-    message = "--total-timesteps 511: a rollout has 512"
+    message = "--total-timesteps 511: must be >= 512"
     assert message in refused_flag("--total-timesteps", 511)
     Args(total_timesteps=512)
 
@@ -140,7 +140,7 @@ def test_number_out_of_range(refused_flag, name):
 
 @pytest.mark.parametrize("number", [3, 512])  # 512 minibatches would have one step each
 def test_minibatches(refused_flag, number):
-    message = f"--num-minibatches {number}: must divide 512 into parts >= 2"
+    message = f"--num-minibatches {number}: must cut 512 in equal parts > 1"
     assert message in refused_flag("--num-minibatches", number)
     Args(num_minibatches=256)
 
@@ -167,9 +167,9 @@ def test_device(refused_flag, monkeypatch):
         ("environments:Stubb-v0", "Did you mean: `Stub`"),
         ("", "Malformed environment ID"),
         ("nomodule:Env-v0", "No module named 'nomodule'"),
-        ("Pendulum-v1", r"actions must be Discrete from 0; see ppo_continuous\.py"),
-        ("StubMultiDiscrete-v0", "actions must be Discrete"),
-        ("StubFromOne-v0", "actions must be Discrete from 0"),
+        ("Pendulum-v1", r"needs Discrete\(n\), start 0; for Box: ppo_continuous\.py"),
+        ("StubMultiDiscrete-v0", "needs Discrete"),
+        ("StubFromOne-v0", r"needs Discrete\(n\), start 0"),
         ("StubSameStep-v0", r"must reset in the step after an episode \(NEXT_STEP\)"),
     ],
 )
@@ -248,7 +248,7 @@ def test_no_run(refused_line, tmp_path, mode):
 )
 def test_flags_that_differ_from_the_run(refused_line, saved, mode, name, value):
     line = refused_line(mode, saved, flag(name), value)
-    assert line == f"{flag(name)} {value}: the run has {RUN[name]}"
+    assert line == f"{flag(name)} {value}: must stay {RUN[name]}"
 
 
 def test_flags_that_may_differ(call, refused_line, refused_flag, saved):
@@ -256,7 +256,7 @@ def test_flags_that_may_differ(call, refused_line, refused_flag, saved):
     status, output, _ = call("--evaluate", saved, *evaluation, "--greedy")
     assert status == 0 and len(output.splitlines()[-1].split()) == 8 * 3
     for name, value in ("--num-envs", 4), ("--seed", 2), ("--eval-episodes", 3):
-        assert refused_line("--resume", saved, name, value).startswith(f"{name} {value}: the run")
+        assert refused_line("--resume", saved, name, value).startswith(f"{name} {value}: must stay")
     assert "--greedy" in refused_flag("--resume", saved, "--greedy")
     assert call("--resume", saved, "--device", "cpu", "--threads", 2)[0] == 0
     assert torch.get_num_threads() == 2
@@ -284,7 +284,7 @@ def test_resume_together_with_evaluate(refused_flag):
         (["--env-id", "LunarLander-v2"], "ppo.py: --env-id LunarLander-v2: "),
         (
             ["--env-id", "Pendulum-v1", "--vectorization-mode", "async"],
-            "ppo.py: Pendulum-v1: actions must",
+            "ppo.py: Pendulum-v1: needs Discrete",
         ),
         (["--evaluate", "missing"], "ppo.py: missing is not a run directory"),
     ],
@@ -301,7 +301,7 @@ def test_imported_functions_raise_value_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--num-envs 0"):
         Args(num_envs=0)
-    with pytest.raises(ValueError, match="Pendulum-v1: actions must"):
+    with pytest.raises(ValueError, match="Pendulum-v1: needs Discrete"):
         ppo.train(Args("Pendulum-v1"))
     with pytest.raises(ValueError, match="missing is not a run directory"):
         ppo.load_agent("missing")

@@ -52,7 +52,7 @@ MISSING = {
     "ppo_continuous.py": set(),
     "ppo_atari.py": {"RunningStats", "mlp", "Agent.normalize", "scale_rewards"},
 }
-LINES = {"ppo_continuous.py": 30, "ppo_atari.py": 101}  # of train that differ, on either side
+LINES = {"ppo_continuous.py": 30, "ppo_atari.py": 99}  # of train that differ, on either side
 
 ONLY_HERE = {
     "ppo_continuous.py": {"initial_log_std", "rescale_actions", "recompute_advantages"},

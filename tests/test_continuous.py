@@ -325,7 +325,7 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("env_id", "advice"),
     [
-        ("CartPole-v1", "for Discrete see ppo.py"),
+        ("CartPole-v1", "for Discrete: ppo.py"),
         ("HalfCheeta-v5", "HalfCheetah"),
         ("HalfCheetah-v3", "gymnasium-robotics"),
         ("StubMultiDiscrete-v0", "Box of floats"),
