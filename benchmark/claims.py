@@ -4,7 +4,8 @@
     python benchmark/claims.py                # returns of a random policy, which effects refer to
 
 Each comparison changes one thing: the flags, or lines of a script's source, of its base. Arms are
-shared by the claims, in results/claims/. Everything here was committed before the runs.
+shared by the claims, in results/claims/. All was committed before the runs, but for
+DECIDING, which puts the predictions into code: it is later than 75 runs of claim 11.
 """
 
 import json
@@ -29,8 +30,9 @@ matters               the pooled interval excludes 0, and the pooled effect is a
 does not matter       the pooled interval lies within -10 % and +10 %
 not settled           otherwise, with half the interval's width
 
-Comparisons with the same label are one, over all their tasks. The first label of a claim decides
-it; the others explain. The claim holds if the verdict is the one that it predicts.
+Comparisons with the same label are one, over all their tasks. DECIDING names those that decide a
+claim, the first one unless its prediction speaks of more; the others explain. The claim holds if
+their verdicts are what it predicts.
 """
 BASE_SEEDS, SEEDS = 20, 5
 DECIDING = {  # claim: verdict and sign that it predicts, and the comparisons that must show them
