@@ -5,7 +5,7 @@
     python ppo.py --resume runs/DIR                              # continue a run
     python ppo.py --evaluate runs/DIR --greedy --capture-video   # play and film an agent
 
-Read from the top; after train come only tools. The README explains labels like (gae).
+Read from the top; everything after train is tooling. The README explains labels like (gae).
 Shapes: a rollout has T steps of N environments, B is any number of rows, D an observation's size.
 """
 
@@ -86,7 +86,7 @@ class Args:  # tyro: each field is a flag, its comment the help
             if self.total_timesteps < rows:
                 raise UsageError(f"--total-timesteps {self.total_timesteps}: must be >= {rows}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must cut {rows} in equal parts > 1")
+                raise UsageError(f"--num-minibatches {parts}: must split {rows} evenly, >= 2 each")
             if self.kl_coef > 0 and self.reference is None:
                 raise UsageError("--kl-coef needs --reference")
         if self.resume is not None and self.evaluate is not None:

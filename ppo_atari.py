@@ -6,7 +6,7 @@
     python ppo_atari.py --evaluate runs/DIR --greedy --capture-video # play and film an agent
     torchrun --nproc-per-node 8 ppo_atari.py                         # on 8 GPUs
 
-Read from the top; after train come only tools. The README explains labels like (gae).
+Read from the top; everything after train is tooling. The README explains labels like (gae).
 Shapes: a rollout has T steps of N environments, B is any number of rows. With torchrun, each
 process plays --num-envs games of its own, and the gradients are averaged.
 """
@@ -98,7 +98,7 @@ class Args:  # tyro: each field is a flag, its comment the help
             if total < steps:
                 raise UsageError(f"--total-timesteps {total}: must be >= {steps}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must cut {rows} in equal parts > 1")
+                raise UsageError(f"--num-minibatches {parts}: must split {rows} evenly, >= 2 each")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:

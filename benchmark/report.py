@@ -396,7 +396,7 @@ def selection():
         elif len(of_task) < len(SELECTION_TASKS) or min(map(len, scores[candidate].values())) < 4:
             verdicts.append("unfinished")
         else:
-            verdicts.append(f"**{np.mean(list(of_task.values())):.3f}**")
+            verdicts.append(f"**{np.mean(list(of_task.values())):.5f}**")
     verdicts += [""] * (len(scores) - len(verdicts))
     return [*lines, f"| mean ratio | {' | '.join(verdicts)} |"]
 

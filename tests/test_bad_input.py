@@ -140,7 +140,7 @@ def test_number_out_of_range(refused_flag, name):
 
 @pytest.mark.parametrize("number", [3, 512])  # 512 minibatches would have one step each
 def test_minibatches(refused_flag, number):
-    message = f"--num-minibatches {number}: must cut 512 in equal parts > 1"
+    message = f"--num-minibatches {number}: must split 512 evenly, >= 2 each"
     assert message in refused_flag("--num-minibatches", number)
     Args(num_minibatches=256)
 
