@@ -151,9 +151,9 @@ class RunningStats(nn.Module):
         self.count += len(rows)
 
 
-def mlp(inputs, outputs, output_gain):
-    """Two hidden layers of 64 tanh units; orthogonal weights, zero biases."""
-    layers = [nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+def mlp(inputs, units, outputs, output_gain):
+    """Two hidden layers of tanh units; orthogonal weights, zero biases."""
+    layers = [nn.Linear(inputs, units), nn.Linear(units, units), nn.Linear(units, outputs)]
     for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), output_gain]):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -168,8 +168,8 @@ class Agent(nn.Module):
         self.norm_obs = norm_obs
         self.obs_stats = RunningStats(observation_space.shape[0])
         self.return_stats = RunningStats()
-        self.actor = mlp(observation_space.shape[0], int(action_space.n), 0.01)  # near-uniform
-        self.critic = mlp(observation_space.shape[0], 1, 1.0)
+        self.actor = mlp(observation_space.shape[0], 64, int(action_space.n), 0.01)  # near-uniform
+        self.critic = mlp(observation_space.shape[0], 64, 1, 1.0)
 
     def normalize(self, obs):
         """(obs-norm): observations (B, D) → x (B, D)."""

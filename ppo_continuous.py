@@ -38,8 +38,8 @@ class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "HalfCheetah-v5"  # environment with continuous actions, or my_module:MyEnv-v0
     vectorization_mode: Literal["sync", "async"] | None = None  # None: built-in, else sync
     total_timesteps: int = 1_000_000  # steps of all environments, resets too, in whole rollouts
-    num_envs: int = 16  # parallel environments, N
-    num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
+    num_envs: int = 32  # parallel environments, N
+    num_steps: int = 64  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
 
     learning_rate: float = 3e-4  # initial learning rate of Adam
@@ -151,9 +151,9 @@ class RunningStats(nn.Module):
         self.count += len(rows)
 
 
-def mlp(inputs, outputs, output_gain):
-    """Two hidden layers of 64 tanh units; orthogonal weights, zero biases."""
-    layers = [nn.Linear(inputs, 64), nn.Linear(64, 64), nn.Linear(64, outputs)]
+def mlp(inputs, units, outputs, output_gain):
+    """Two hidden layers of tanh units; orthogonal weights, zero biases."""
+    layers = [nn.Linear(inputs, units), nn.Linear(units, units), nn.Linear(units, outputs)]
     for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), output_gain]):
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
@@ -169,8 +169,8 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(observation_space.shape[0])
         self.return_stats = RunningStats()
         num_actions = int(np.prod(action_space.shape))
-        self.actor = mlp(observation_space.shape[0], num_actions, 0.01)  # means near 0 at first
-        self.critic = mlp(observation_space.shape[0], 1, 1.0)
+        self.actor = mlp(observation_space.shape[0], 64, num_actions, 0.01)  # means near 0 at first
+        self.critic = mlp(observation_space.shape[0], 256, 1, 1.0)
         self.log_std = nn.Parameter(torch.full((num_actions,), float(initial_log_std)))
         self.action_space = action_space
         rescaled = rescale_actions & np.isfinite(action_space.low) & np.isfinite(action_space.high)

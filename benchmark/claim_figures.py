@@ -21,7 +21,7 @@ LIMITS = {
 }
 PENALTIES = {"clip": "plain"} | {f"β = {b}": f"plain-kl-penalty-{b}" for b in (0.3, 1, 3)}
 STEP_NAMES = ["CleanRL's\nflags", "log σ\n−0.5", "rescaled\nactions", "no value\nclip"]
-STEP_NAMES += ["recomputed\nadvantages", "16 × 128", "KL limit:\ndefaults"]
+STEP_NAMES += ["recomputed\nadvantages", "32 × 64", "critic\n256", "KL limit:\ndefaults"]
 LADDER_STEPS = dict(zip(STEP_NAMES, [*LADDER, "base"]))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-from studies import GAMMA_0_9, LUNAR_LANDER, Run
+from studies import GAMMA_0_9, LUNAR_LANDER, NARROW_CRITIC, Run
 
 RULE = """
 The effect of a comparison on a task is (mean of the arm - mean of the base), divided by (mean of
@@ -111,7 +111,8 @@ LADDER = {  # one change at a time, each on top of those before
     "cleanrl-3": f"{CLEANRL} --initial-log-std -0.5 --rescale-actions --no-clip-vloss",
 }
 LADDER["cleanrl-4"] = LADDER["cleanrl-3"] + " --recompute-advantages"
-LADDER["cleanrl-5"] = LADDER["cleanrl-4"] + " --num-envs 16 --num-steps 128"
+LADDER["cleanrl-5"] = LADDER["cleanrl-4"] + " --num-envs 32 --num-steps 64"
+LADDER["cleanrl-6"] = LADDER["cleanrl-5"]  # with a critic of 256 units
 ARMS = {  # name: flags, replacements (of one script, or {script: replacements})
     "base": ("", ()),
     "plain": (PLAIN, ()),
@@ -143,7 +144,10 @@ ARMS = {  # name: flags, replacements (of one script, or {script: replacements})
     "log-std-0": ("--initial-log-std 0", ()),
     "head-gain-1": ("", HEAD_GAIN),
     "no-anneal": ("--no-anneal-lr", ()),
-    **{name: (flags, ()) for name, flags in LADDER.items()},
+    **{
+        name: (flags, () if name == "cleanrl-6" else NARROW_CRITIC)
+        for name, flags in LADDER.items()
+    },
 }
 REFERENCES = ("plain-short", "plain", "base")
 

@@ -84,6 +84,7 @@ def train_sb3(script, steps):
     elif script == "ppo_continuous":
         envs, rate = VecNormalize(make_vec_env("HalfCheetah-v5", 1)), 3e-4
         options = {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
+        sizes["vf"] = [256, 256]
     else:
         envs, clip = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8), 4), 0.1
         options = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01}

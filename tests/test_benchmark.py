@@ -44,12 +44,13 @@ def edited_module(tmp_path, edits):
     return names
 
 
-def test_the_wide_critic_has_256_units(tmp_path):
-    names = edited_module(tmp_path, studies.WIDE_CRITIC)
+@pytest.mark.parametrize(("edits", "units"), [((), 256), (studies.NARROW_CRITIC, 64)])
+def test_the_critic_has_256_units_or_64(tmp_path, edits, units):
+    names = edited_module(tmp_path, edits)
     args = names["Args"](env_id="Pendulum-v1")
     envs = names["make_envs"](args)
     agent = names["Agent"](envs.single_observation_space, envs.single_action_space, True, 0, True)
-    assert [layer.out_features for layer in agent.critic[::2]] == [256, 256, 1]
+    assert [layer.out_features for layer in agent.critic[::2]] == [units, units, 1]
     assert [layer.out_features for layer in agent.actor[::2]] == [64, 64, 1]
 
 

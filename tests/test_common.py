@@ -186,7 +186,7 @@ def test_paste_parts_of_the_agent():
     assert stats.mean.tolist() == pytest.approx([2, 0], abs=1e-3)
     assert stats.var.tolist() == pytest.approx([1, 0], abs=1e-3)
 
-    network = paste("ppo.py", "mlp").mlp(3, 2, 0.0)
+    network = paste("ppo.py", "mlp").mlp(3, 64, 2, 0.0)
     assert network(torch.ones(5, 3)).tolist() == [[0, 0]] * 5
 
     flat_parameters = paste("ppo.py", "flat_parameters").flat_parameters
