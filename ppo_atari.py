@@ -90,8 +90,7 @@ class Args:  # tyro: each field is a flag, its comment the help
         for name, value in vars(self).items():
             low, high = lowest.get(name, 0), highest.get(name, math.inf)
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
-                name = name.replace("_", "-")
-                raise UsageError(f"--{name} {value}: must be in [{low}, {high}]")
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
         rows, parts = self.num_envs * self.num_steps, self.num_minibatches  # of a rollout
         if self.resume is None and self.evaluate is None:
             steps, total = rows * WORLD_SIZE, self.total_timesteps
@@ -160,8 +159,7 @@ def make_envs(args, for_film=False):
 
 
 def start_envs(args, iteration, for_film=False):
-    """New environments and their first observations. All their and torch's randomness follows from
-    the seed and the iteration: a resumed run repeats the original."""
+    """New environments and observations. Seed and iteration decide all randomness from here on."""
     state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
     seed = int(state[0]) % (2**31 - 1 - args.num_envs * WORLD_SIZE)
     seed += args.num_envs * RANK  # environment i gets seed + i < 2^31, different in each process
@@ -502,7 +500,10 @@ def open_run(args, agent, optimizer):
         return None, 0, 0.0
     name = f"{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    run_dir.mkdir(parents=True)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     return run_dir, 0, 0.0
 

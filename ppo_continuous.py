@@ -6,8 +6,7 @@
     python ppo_continuous.py --evaluate runs/DIR --greedy --capture-video  # play and film it
 
 Read from the top; everything after train is tooling. The README explains labels like (gae).
-Shapes: a rollout has T steps of N environments, B is any number of rows, D the size of an
-observation, A that of an action.
+Shapes: T steps of N environments make a rollout; B rows; D, A: size of an observation, an action.
 """
 
 import csv
@@ -81,8 +80,7 @@ class Args:  # tyro: each field is a flag, its comment the help
         for name, value in vars(self).items():
             low, high = lowest.get(name, 0), highest.get(name, math.inf)
             if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
-                name = name.replace("_", "-")
-                raise UsageError(f"--{name} {value}: must be in [{low}, {high}]")
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
         rows, parts = self.num_envs * self.num_steps, self.num_minibatches  # of a rollout
         if self.resume is None and self.evaluate is None:
             if self.total_timesteps < rows:
@@ -121,8 +119,7 @@ def make_envs(args):
 
 
 def start_envs(args, iteration):
-    """New environments and their first observations. All their and torch's randomness follows from
-    the seed and the iteration: a resumed run repeats the original."""
+    """New environments and observations. Seed and iteration decide all randomness from here on."""
     state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
     seed = int(state[0]) % (2**31 - 1 - args.num_envs)  # environment i gets seed + i < 2^31
     torch.manual_seed(seed)
@@ -459,7 +456,10 @@ def open_run(args, agent, optimizer):
         return run_dir, checkpoint["iteration"], checkpoint["seconds"]
     name = f"{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    run_dir.mkdir(parents=True)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     return run_dir, 0, 0.0
 

@@ -177,6 +177,11 @@ def test_environment(refused_line, env_id, reason):
     assert re.match(f"(--env-id )?{env_id}: .*{reason}", refused_line("--env-id", env_id, *SHORT))
 
 
+def test_runs_dir(refused_line, tmp_path):
+    (tmp_path / "file").touch()
+    assert "--runs-dir file: " in refused_line("--runs-dir", "file", *SHORT)
+
+
 # --resume and --evaluate
 
 

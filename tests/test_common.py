@@ -26,7 +26,7 @@ SCRIPTS = ["ppo.py", "ppo_continuous.py", "ppo_atari.py"]
 SIZES = {  # at most so many lines, characters, and lines of train
     "ppo.py": (567, 29_085, 131),  # 20 of them for --reference
     "ppo_continuous.py": (577, 29_925, 127),
-    "ppo_atari.py": (621, 31_300, 140),
+    "ppo_atari.py": (622, 31_300, 140),
 }
 SECTIONS = ["Flags", "Environments", "Agent", "Equations", "Training", "Evaluation", "Runs"]
 SECTIONS += ["Command line"]
@@ -52,7 +52,7 @@ MISSING = {
     "ppo_continuous.py": set(),
     "ppo_atari.py": {"RunningStats", "mlp", "Agent.normalize", "scale_rewards"},
 }
-LINES = {"ppo_continuous.py": 30, "ppo_atari.py": 99}  # of train that differ, on either side
+LINES = {"ppo_continuous.py": 29, "ppo_atari.py": 98}  # of train that differ, on either side
 
 ONLY_HERE = {
     "ppo_continuous.py": {"initial_log_std", "rescale_actions", "recompute_advantages"},
