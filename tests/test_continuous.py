@@ -286,8 +286,9 @@ def test_a_killed_run_resumes_exactly(tmp_path, env_id):
 
 def test_a_saved_agent_plays_as_well_as_it_did_in_training(tmp_path):
     """The statistics are saved with the agent and frozen: no collapse after loading."""
-    flags = {"num_minibatches": 8, "total_timesteps": 2**15, "learning_rate": 3e-3, "seed": 3}
-    run_dir = train(tmp_path, env_id="InvertedPendulum-v5", save_every=1000, **flags)
+    flags = {"num_envs": 16, "num_steps": 128, "num_minibatches": 8, "total_timesteps": 2**15}
+    flags |= {"learning_rate": 3e-3, "seed": 3, "save_every": 1000}
+    run_dir = train(tmp_path, env_id="InvertedPendulum-v5", **flags)
     returns = [float(row["episodic_return"]) for row in read(run_dir / "episodes.csv")]
     assert np.mean(returns[:20]) < 20
     last = np.mean(returns[-20:])

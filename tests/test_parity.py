@@ -39,9 +39,9 @@ def test_gradient_is_that_of_stable_baselines3(monkeypatch, script, env_id, clip
     # Its value loss has no ½, so its weight of 0.25 is our 0.5. It clips the value loss by another
     # formula, without the maximum of the two errors, so that clip is off in both.
     options = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "ent_coef": 0.01, "vf_coef": 0.25}
-    model = stable_baselines3.PPO(
-        "MlpPolicy", env_id, seed=1, device="cpu", clip_range=clip, **options
-    )
+    sizes = {"pi": [64, 64], "vf": [256, 256] if script is ppo_continuous else [64, 64]}
+    options |= {"clip_range": clip, "policy_kwargs": {"net_arch": sizes}}
+    model = stable_baselines3.PPO("MlpPolicy", env_id, seed=1, device="cpu", **options)
     _, callback = model._setup_learn(128)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, 128)
     torch.manual_seed(1)
