@@ -5,7 +5,7 @@ returns a figure, or None as long as no task has five seeds of every arm in it.
 """
 
 import numpy as np
-from claims import FOUR, HALF_CHEETAH, LADDER, MUJOCO, SEEDS, TWO
+from claims import HALF_CHEETAH, LADDER, MUJOCO, SEEDS, TWO
 from drawing import GREY, new_figure
 
 EPOCH_COUNTS = {n: f"plain-epochs-{n}" for n in (1, 2, 4)} | {10: "plain", 20: "plain-epochs-20"}
@@ -22,7 +22,7 @@ LIMITS = {
 PENALTIES = {"clip": "plain"} | {f"β = {b}": f"plain-kl-penalty-{b}" for b in (0.3, 1, 3)}
 STEP_NAMES = ["CleanRL's\nflags", "log σ\n−0.5", "rescaled\nactions", "no value\nclip"]
 STEP_NAMES += ["recomputed\nadvantages", "32 × 64", "critic\n256", "KL limit:\ndefaults"]
-LADDER_STEPS = dict(zip(STEP_NAMES, [*LADDER, "base"]))
+LADDER_STEPS = dict(zip(STEP_NAMES, [*LADDER, "long"]))
 
 
 def score(run):
@@ -80,7 +80,7 @@ def over_settings(found, tasks, settings, value, label, name, width=3.2):
 
 def hundred_epochs(found):
     """What the epochs of an update do, over the first, second and last third of the training."""
-    arm, epochs = "plain-short-epochs-100", (1, 2, 5, 10, 20, 50, 100)
+    arm, epochs = "plain-epochs-100", (1, 2, 5, 10, 20, 50, 100)
     seeds = found.get(f"{HALF_CHEETAH}--{arm}", {}).values()
     if len(seeds) < SEEDS:
         return None
@@ -121,7 +121,7 @@ def entropy(found):
     """Entropy of the policy over the training; the mean over seeds."""
     curve = lambda run: run["metrics"]["entropy"]
     data = {}
-    for task in FOUR:  # where 0 is the default, its arm is "base"
+    for task in TWO:  # where 0 is the default, its arm is "base"
         arms = ENTROPIES | ({0: "base"} if task in MUJOCO else {})
         values = values_of(found, task, arms.values(), curve)
         if values is not None:
@@ -132,9 +132,9 @@ def entropy(found):
     for axis, values in zip(axes, data.values()):
         for color, (coef, curves) in zip(("C0", "C1", "C2"), values.items()):
             curves = np.array(curves, float)
-            steps = (np.arange(curves.shape[1]) + 1) / curves.shape[1]  # of 1 million
-            axis.plot(steps, np.nanmean(curves, 0), color=color, label=f"c_e = {coef}")
-        axis.set_xlabel("million steps")
+            share = (np.arange(curves.shape[1]) + 1) / curves.shape[1]
+            axis.plot(share, np.nanmean(curves, 0), color=color, label=f"c_e = {coef}")
+        axis.set_xlabel("share of the training")
     axes[0].set_ylabel("entropy")
     axes[0].legend(labelcolor=GREY, frameon=False)
     return figure
@@ -148,9 +148,7 @@ FIGURES = {
     "overfit": lambda found: over_settings(found, TWO, LIMITS, score, "return", "", 5),
     "clip-kl": clip_kl,
     "entropy": entropy,
-    "lambda": lambda found: over_settings(found, FOUR, LAMBDAS, score, "return", "λ"),
-    "ladder": lambda found: over_settings(
-        found, (HALF_CHEETAH,), LADDER_STEPS, score, "return", "", 7.5
-    ),
+    "lambda": lambda found: over_settings(found, TWO, LAMBDAS, score, "return", "λ"),
+    "ladder": lambda found: over_settings(found, MUJOCO, LADDER_STEPS, score, "return", "", 7.5),
     "kl-penalty": lambda found: over_settings(found, TWO, PENALTIES, score, "return", "", 4),
 }

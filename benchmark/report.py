@@ -514,7 +514,7 @@ def ratio_of_kls():
 
 def clipfrac_stays():
     """Whether clipfrac of epoch 100 is within 10 % of that of epoch 20."""
-    seeds = summaries("claims")["HalfCheetah-v5--plain-short-epochs-100"].values()
+    seeds = summaries("claims")["HalfCheetah-v5--plain-epochs-100"].values()
     means = [
         np.nanmean([np.array(run["metrics"][f"clipfrac_in_epoch_{n}"], float) for run in seeds])
         for n in (20, 100)
@@ -574,7 +574,7 @@ def claims():
         lines += ["| comparison | each task | all tasks | verdict |", "|---|---|---|---|"]
         for label, (of_tasks, missing) in effects.items():
             each = "; ".join(f"{t}: {percent(*e)}" for t, e in of_tasks.items() if t != "pooled")
-            word = f"unfinished, {missing} runs missing" if missing > 0 else verdict(of_tasks)
+            word = f"unfinished, missing runs: {missing}" if missing > 0 else verdict(of_tasks)
             name = label.replace("_", " ")
             lines.append(f"| {name} | {each} | **{percent(*of_tasks['pooled'])}** | {word} |")
         lines.append("")
