@@ -404,7 +404,7 @@ def verdict(effects):
         return "matters"
     if -0.1 <= low and high <= 0.1:
         return "does not matter"
-    return f"not settled (± {(high - low) / 2:.0%})"
+    return f"not settled (± {100 * (high - low) / 2:.0f} %)"
 
 
 def outcome(claim, effects, more=True):

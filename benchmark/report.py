@@ -456,7 +456,7 @@ def below():
 
 
 def claim_effects(claim):
-    """{label of a comparison: (effects, number of missing runs)}, where each arm has five seeds.
+    """{label of a comparison: (effects, number of missing runs)}, on tasks that have all runs.
 
     Effects are those of `claims.bootstrap`: {task or "pooled": (effect, low, high)}.
     """
@@ -485,7 +485,7 @@ def claim_effects(claim):
         scores = {
             task: [arm_scores[name] for name in names]
             for task, names in tasks.items()
-            if all(len(arm_scores.get(name, [])) >= SEEDS for name in names)
+            if all(len(arm_scores.get(name, [])) >= needed(name) for name in names)
         }
         if scores:
             missing = sum(
@@ -523,38 +523,50 @@ def clipfrac_stays():
 
 
 def decision(claim):
-    """What decides the claim, in figures, and the outcome; None as long as runs are missing."""
+    """What decides the claim, in figures, and the outcome; None without a task with all runs."""
     found = claim_effects(claim)
-    effects = {label: of_tasks for label, (of_tasks, missing) in found.items() if missing == 0}
+    effects = {label: of_tasks for label, (of_tasks, _) in found.items()}
     if claim.name == "clip-kl":
         ratios = ratio_of_kls()
-        if len(ratios) < len(TWO) * len(CLIPS):
+        if not ratios:
             return None
         low, high = min(ratios.values()), max(ratios.values())
         near = low >= 0.5 and high <= 2
-        return f"{low:.2f} to {high:.2f} times ½ε²", "holds" if near else "does not hold"
-    if len(effects) < len({comparison.label for comparison in claim.comparisons}):
-        return None
+        where = only_on({task for task, _ in ratios}, TWO)
+        return f"{low:.2f} to {high:.2f} times ½ε²{where}", "holds" if near else "does not hold"
     if claim.name == "ladder":
         data = complete(summaries("claims"), ["HalfCheetah-v5"], LADDER_STEPS.values())
+        if not data:
+            return None
         means = [scores.mean() for scores in data["HalfCheetah-v5"].values()]
         step = int(np.argmax(np.diff(means)))
         largest = list(LADDER_STEPS)[step + 1].replace("\n", " ")
         gain = number(means[step + 1] - means[step], 0)
         return f"{number(means[0], 0)} → {number(means[-1], 0)}", f"most: {largest} (+{gain})"
+    labels = DECIDING[claim.name][2]
+    if not all(label in effects for label in labels):
+        return None
     more = True
     if claim.name == "epochs":
         more = effects["epochs_1"]["pooled"][0] < -0.5
     if claim.name == "hundred-epochs":
         more = clipfrac_stays()
     if claim.name == "lambda":
-        others = [effects[label] for label in ("lambda_0.5", "lambda_0.9", "lambda_0.99")]
+        others = [effects.get(label) for label in ("lambda_0.5", "lambda_0.9", "lambda_0.99")]
+        if None in others:
+            return None
         more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
-    labels = DECIDING[claim.name][2]
     parts = [percent(*effects[label]["pooled"]) for label in labels]
     if len(labels) > 1:
         parts = [f"{label.replace('_', ' ')}: {part}" for label, part in zip(labels, parts)]
-    return "; ".join(parts), outcome(claim, effects, more)
+    tasks = {task for comparison in claim.comparisons for task in comparison.tasks}
+    measured = set.intersection(*(set(effects[label]) for label in labels)) - {"pooled"}
+    return "; ".join(parts) + only_on(measured, tasks), outcome(claim, effects, more)
+
+
+def only_on(measured, planned):
+    """Names the tasks if some of the planned ones have not all their runs yet."""
+    return f" (only {', '.join(sorted(measured))})" if measured < set(planned) else ""
 
 
 def claims():
@@ -621,28 +633,24 @@ def claims_figure():
 
 
 def does_it_matter():
-    """The claims that have been decided; until then what runs of former flags say already."""
-    decided = [(claim, decision(claim)) for claim in CLAIMS]
-    if any(found for _, found in decided):
-        lines = ["| claim | effect | verdict |", "|---|---|---|"]
-        return lines + [f"| {c.text} | {found[0]} | {found[1]} |" for c, found in decided if found]
+    """The claims that have been decided, and what runs of former flags say about the KL limit."""
+    lines = ["| claim | effect [95 %] | verdict |", "|---|---|---|"]
+    for claim in CLAIMS:
+        if found := decision(claim):
+            lines.append(f"| {claim.text} | {found[0]} | {found[1]} |")
+    text = "A limit on the KL of an update (`--target-kl 0.02`) helps"
+    return [*lines, f"| {text} | {kl_limit()} | elsewhere, seeds differ more |"]
+
+
+def kl_limit():
+    """How much higher the returns of former runs with the KL limit are than without it."""
     found, chosen = runs("continuous-defaults"), first_five("continuous")
     mean = lambda seeds: np.mean([last_100(run) for run in seeds.values()])
     times = {
         task: mean(chosen[task]) / mean(found[f"{task}-16x128"])
         for task in ("Humanoid-v5", "Ant-v5")
     }
-    limit = ", ".join(f"{ratio:.1f} times the return on {task}" for task, ratio in times.items())
-    clip = []
-    for task in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
-        clipped, plain = found[f"{task}-16x128-clip-vloss"], found[f"{task}-16x128"]
-        better = sum(last_100(plain[seed]) > last_100(clipped[seed]) for seed in clipped)
-        clip.append(f"{task} {better} of {len(clipped)}")
-    lines = ["| claim | our data |", "|---|---|"]
-    text = f"{limit}; elsewhere, seeds differ more"
-    lines.append(f"| A limit on the KL of an update (`--target-kl 0.02`) helps | {text} |")
-    text = f"runs better without it: {', '.join(clip)}"
-    return [*lines, f"| Clipping the value loss (`--clip-vloss`) helps | {text} |"]
+    return ", ".join(f"{ratio:.1f} times the return on {task}" for task, ratio in times.items())
 
 
 def overview():

@@ -198,7 +198,7 @@ def made_up(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_claim_is_decided_and_drawn(made_up):
+def test_every_claim_is_decided_and_drawn(made_up, monkeypatch):
     decided = {claim.name: report.decision(claim) for claim in claims.CLAIMS}
     assert decided.pop("ladder") == ("60 → 110", "most: log σ −0.5 (+50)")
     assert {name for name, (_, word) in decided.items() if word == "holds"} == HOLD
@@ -214,7 +214,17 @@ def test_every_claim_is_decided_and_drawn(made_up):
         "lambda",
         "overfit",
     }
-    assert len(report.does_it_matter()) == 2 + 16
+    monkeypatch.setattr(report, "kl_limit", lambda: "")
+    assert len(report.does_it_matter()) == 2 + 16 + 1
+
+
+def test_a_claim_is_decided_on_the_tasks_that_have_all_runs(made_up):
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "norm-adv")
+    (made_up / "claims" / f"{claims.HALF_CHEETAH}--base-20.json").unlink()
+    figures = "−50 % [−50 %, −50 %] (only LunarLander-v3)"
+    assert report.decision(claim) == (figures, "holds")
+    (made_up / "claims" / f"{claims.LUNAR}--no-norm-adv-5.json").unlink()
+    assert report.decision(claim) is None
 
 
 def test_a_claim_with_a_further_condition(made_up):
