@@ -672,7 +672,7 @@ def overview():
 
 
 def diagnostics():
-    """What the columns of metrics.csv look like in our own runs of seed 1."""
+    """What the columns of metrics.csv look like in our own runs of the first seed."""
     columns = ["clipfrac", "approx_kl", "entropy", "explained_variance", "grad_norm"]
     heads = [f"`{column}`" for column in columns]
     lines = [f"| run | {' | '.join(heads)} |", "|---" * 6 + "|"]
@@ -682,7 +682,8 @@ def diagnostics():
         ("continuous", "HalfCheetah-v5"),
         ("atari", "Breakout-10M"),
     ):
-        table = read(Path(f"{runs(study)[label][1]}.metrics.csv.gz"))
+        found = reported(study)[label]
+        table = read(Path(f"{found[min(found)]}.metrics.csv.gz"))
         cells = [label.split("-")[0]]
         tenth = len(table) // 10
         for column in columns:
