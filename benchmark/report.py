@@ -27,15 +27,13 @@ import drawing
 import numpy as np
 from claim_figures import CLIPS, FIGURES, LADDER_STEPS, complete, mean_kl
 from claims import (
-    BASE_SEEDS,
     CLAIMS,
     DECIDING,
-    REFERENCES,
-    SEEDS,
     SOURCES,
     TWO,
     bootstrap,
     outcome,
+    seeds_of,
     verdict,
 )
 from drawing import GREY, new_figure
@@ -461,7 +459,7 @@ def claim_effects(claim):
     Effects are those of `claims.bootstrap`: {task or "pooled": (effect, low, high)}.
     """
     found, tasks_of = summaries("claims"), {}
-    needed = lambda name: BASE_SEEDS if name.split("--")[1] in REFERENCES else SEEDS
+    needed = lambda name: seeds_of(claim, name.split("--")[1])
     random_returns = json.loads((RESULTS / "claims-random.json").read_text())
     arm_scores = {  # one array of an arm, wherever it is used: then it is resampled once
         name: np.array([seeds[seed][claim.score] for seed in sorted(seeds)])
