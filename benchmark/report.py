@@ -29,6 +29,7 @@ from claim_figures import CLIPS, FIGURES, LADDER_STEPS, complete, mean_kl
 from claims import (
     CLAIMS,
     DECIDING,
+    MUJOCO,
     SOURCES,
     TWO,
     bootstrap,
@@ -559,6 +560,8 @@ def decision(claim):
         parts = [f"{label.replace('_', ' ')}: {part}" for label, part in zip(labels, parts)]
     tasks = {task for comparison in claim.comparisons for task in comparison.tasks}
     measured = set.intersection(*(set(effects[label]) for label in labels)) - {"pooled"}
+    if "MuJoCo" in claim.text and not measured & set(MUJOCO):
+        return None
     return "; ".join(parts) + only_on(measured, tasks), outcome(claim, effects, more)
 
 

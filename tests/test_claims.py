@@ -228,6 +228,12 @@ def test_a_claim_is_decided_on_the_tasks_that_have_all_runs(made_up):
     assert report.decision(claim) is None
 
 
+def test_a_claim_about_mujoco_is_not_decided_without_it(made_up):
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "normalisation")
+    (made_up / "claims" / f"{claims.HALF_CHEETAH}--no-norm-obs-5.json").unlink()
+    assert report.decision(claim) is None
+
+
 def test_a_claim_with_a_further_condition(made_up):
     """λ = 0.9 is better than 0.95 here; and one epoch loses less than half."""
     arms = [(task, "lambda-0.9", 150) for task in claims.TWO]
