@@ -6,7 +6,7 @@
     python ppo_continuous.py --evaluate runs/DIR --greedy --capture-video  # play and film it
 
 Read from the top; everything after train is tooling. The README explains labels like (gae).
-Shapes: T steps of N environments make a rollout; B rows; D, A: size of an observation, an action.
+Shapes: a rollout has T steps of N environments; B rows; observations of size D, actions of size A.
 """
 
 import csv
