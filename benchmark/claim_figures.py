@@ -4,8 +4,10 @@ FIGURES has a function for each of these claims. It takes {"<task>--<arm>": {see
 returns a figure, or None as long as no task has five seeds of every arm in it.
 """
 
+from textwrap import fill
+
 import numpy as np
-from claims import HALF_CHEETAH, LADDER, MUJOCO, SEEDS, TWO
+from claims import HALF_CHEETAH, LADDER_STEPS, MUJOCO, SEEDS, TWO
 from drawing import GREY, new_figure
 
 EPOCH_COUNTS = {n: f"plain-epochs-{n}" for n in (1, 2, 4)} | {10: "plain", 20: "plain-epochs-20"}
@@ -20,9 +22,9 @@ LIMITS = {
     "20 epochs,\nKL limit": "plain-epochs-20-no-clip-kl-limit",
 }
 PENALTIES = {"clip": "plain"} | {f"β = {b}": f"plain-kl-penalty-{b}" for b in (0.3, 1, 3)}
-STEP_NAMES = ["CleanRL's\nflags", "log σ\n−0.5", "rescaled\nactions", "no value\nclip"]
-STEP_NAMES += ["recomputed\nadvantages", "32 × 64", "critic\n256", "KL limit:\ndefaults"]
-LADDER_STEPS = dict(zip(STEP_NAMES, [*LADDER, "long"]))
+STEPS = {fill(name, 11): arm for name, arm in LADDER_STEPS.items()} | {
+    "KL limit:\ndefaults": "long"
+}
 
 
 def score(run):
@@ -51,7 +53,7 @@ def complete(found, tasks, arms, value=score):
     return {task: values for task, values in all_tasks.items() if values is not None}
 
 
-def panels(tasks, width=3.2):
+def panels(tasks, width=3.6):
     columns = min(len(tasks), 2)
     rows = -(-len(tasks) // columns)
     figure, axes = new_figure(rows, columns, (width * columns, 2.8 * rows))
@@ -62,7 +64,12 @@ def panels(tasks, width=3.2):
     return figure, axes.flat
 
 
-def over_settings(found, tasks, settings, value, label, name, width=3.2):
+def legend_on_the_right(figure, axis):
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", labelcolor=GREY, frameon=False)
+
+
+def over_settings(found, tasks, settings, value, label, name, width=3.6):
     """Grey: each seed; blue: the mean. Settings, {name: arm}, stand at equal distances."""
     data = complete(found, tasks, settings.values(), value)
     if not data:
@@ -94,7 +101,7 @@ def hundred_epochs(found):
         axis.set_xticks(epochs, epochs)
         axis.set_xlabel("epoch")
         axis.set_title(name, color=GREY)
-    axes[0, 0].legend(labelcolor=GREY, frameon=False, fontsize=10)
+    legend_on_the_right(figure, axes[0, 0])
     return figure
 
 
@@ -112,8 +119,8 @@ def clip_kl(found):
         axis.set_xticks(clips, clips)
         axis.minorticks_off()
         axis.set_xlabel("ε")
-        axis.legend(labelcolor=GREY, frameon=False)
     axes[0].set_ylabel("mean approx_kl")
+    legend_on_the_right(figure, axes[0])
     return figure
 
 
@@ -136,7 +143,7 @@ def entropy(found):
             axis.plot(share, np.nanmean(curves, 0), color=color, label=f"c_e = {coef}")
         axis.set_xlabel("share of the training")
     axes[0].set_ylabel("entropy")
-    axes[0].legend(labelcolor=GREY, frameon=False)
+    legend_on_the_right(figure, axes[0])
     return figure
 
 
@@ -149,6 +156,6 @@ FIGURES = {
     "clip-kl": clip_kl,
     "entropy": entropy,
     "lambda": lambda found: over_settings(found, TWO, LAMBDAS, score, "return", "λ"),
-    "ladder": lambda found: over_settings(found, MUJOCO, LADDER_STEPS, score, "return", "", 7.5),
+    "ladder": lambda found: over_settings(found, MUJOCO, STEPS, score, "return", "", 7.5),
     "kl-penalty": lambda found: over_settings(found, TWO, PENALTIES, score, "return", "", 4),
 }

@@ -25,12 +25,16 @@ from pathlib import Path
 
 import drawing
 import numpy as np
-from claim_figures import CLIPS, FIGURES, LADDER_STEPS, complete, mean_kl
+from claim_figures import CLIPS, FIGURES, STEPS, complete, mean_kl
 from claims import (
     CLAIMS,
     DECIDING,
+    FINDINGS,
+    HALF_CHEETAH,
+    LUNAR,
     MUJOCO,
     SOURCES,
+    TASKS,
     TWO,
     bootstrap,
     outcome,
@@ -474,7 +478,7 @@ def claim_effects(claim):
     if claim.name == "kl-penalty":  # of each task the best β, if it has them all
         best = lambda names: max(names, key=lambda three: arm_scores[three[0]].mean())
         of_task = {task: [tasks_of[label][task] for label in tasks_of] for task in TWO}
-        tasks_of["best_beta"] = {
+        tasks_of["best β"] = {
             task: best(names)
             for task, names in of_task.items()
             if all(three[0] in arm_scores for three in names)
@@ -534,12 +538,12 @@ def decision(claim):
         where = only_on({task for task, _ in ratios}, TWO)
         return f"{low:.2f} to {high:.2f} times ½ε²{where}", "holds" if near else "does not hold"
     if claim.name == "ladder":
-        data = complete(summaries("claims"), ["HalfCheetah-v5"], LADDER_STEPS.values())
+        data = complete(summaries("claims"), ["HalfCheetah-v5"], STEPS.values())
         if not data:
             return None
         means = [scores.mean() for scores in data["HalfCheetah-v5"].values()]
         step = int(np.argmax(np.diff(means)))
-        largest = list(LADDER_STEPS)[step + 1].replace("\n", " ")
+        largest = list(STEPS)[step + 1].replace("\n", " ")
         gain = number(means[step + 1] - means[step], 0)
         return f"{number(means[0], 0)} → {number(means[-1], 0)}", f"most: {largest} (+{gain})"
     labels = DECIDING[claim.name][2]
@@ -547,22 +551,28 @@ def decision(claim):
         return None
     more = True
     if claim.name == "epochs":
-        more = effects["epochs_1"]["pooled"][0] < -0.5
+        more = effects["1 epoch"]["pooled"][0] < -0.5
     if claim.name == "hundred-epochs":
         more = clipfrac_stays()
     if claim.name == "lambda":
-        others = [effects.get(label) for label in ("lambda_0.5", "lambda_0.9", "lambda_0.99")]
+        others = [effects.get(label) for label in ("λ = 0.5", "λ = 0.9", "λ = 0.99")]
         if None in others:
             return None
         more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
     parts = [percent(*effects[label]["pooled"]) for label in labels]
     if len(labels) > 1:
-        parts = [f"{label.replace('_', ' ')}: {part}" for label, part in zip(labels, parts)]
+        parts = [f"{label}: {part}" for label, part in zip(labels, parts)]
     tasks = {task for comparison in claim.comparisons for task in comparison.tasks}
     measured = set.intersection(*(set(effects[label]) for label in labels)) - {"pooled"}
     if "MuJoCo" in claim.text and not measured & set(MUJOCO):
         return None
     return "; ".join(parts) + only_on(measured, tasks), outcome(claim, effects, more)
+
+
+def in_words(claim, word):
+    """The finding in words, if it is about this verdict."""
+    verdict_then, sentence = FINDINGS.get(claim.name, ("", ""))
+    return sentence if verdict_then and word.startswith(verdict_then) else ""
 
 
 def only_on(measured, planned):
@@ -572,7 +582,7 @@ def only_on(measured, planned):
 
 def claims():
     """For each claim: who says so, the effects measured here and the verdict of RULE."""
-    lines = ["The deciding comparisons, as far as there is data; blue: all tasks, grey: each task."]
+    lines = ["The comparisons that decide the claims, as far as there is data:"]
     lines += ["![Effects and their intervals](results/claims.svg)", ""]
     if not any(map(claim_effects, CLAIMS)):
         lines = []
@@ -588,14 +598,14 @@ def claims():
         for label, (of_tasks, missing) in effects.items():
             each = "; ".join(f"{t}: {percent(*e)}" for t, e in of_tasks.items() if t != "pooled")
             word = f"unfinished, missing runs: {missing}" if missing > 0 else verdict(of_tasks)
-            name = label.replace("_", " ")
-            lines.append(f"| {name} | {each} | **{percent(*of_tasks['pooled'])}** | {word} |")
+            lines.append(f"| {label} | {each} | **{percent(*of_tasks['pooled'])}** | {word} |")
         lines.append("")
         if claim.name in FIGURES and (figure := FIGURES[claim.name](summaries("claims"))):
             drawing.close(figure)
             lines += [f"![{claim.text}](results/claim-{claim.name}.svg)", ""]
         if decided := decision(claim):
-            lines += [f"**{decided[1].capitalize()}**: {decided[0]}.", ""]
+            figures, word = decided
+            lines += [f"**{word.capitalize()}**: {figures}. {in_words(claim, word)}".strip(), ""]
     return lines[:-1]
 
 
@@ -606,30 +616,34 @@ def claim_figures():
 
 
 def claims_figure():
-    """The deciding comparison of each claim: effect and interval of each and of all tasks."""
+    """The comparisons that decide the claims: effect and interval of all tasks and of each."""
     rows = []
     for claim in CLAIMS:
         effects = claim_effects(claim)
-        label = claim.comparisons[0].label
-        if claim.name in DECIDING:
-            label = DECIDING[claim.name][2][0]
-        if label in effects:
-            rows.append((f"{claim.number}. {label.replace('_', ' ')}", effects[label][0]))
+        for label in DECIDING[claim.name][2] if claim.name in DECIDING else ():
+            if label in effects:
+                rows.append((f"{claim.number}. {label}", effects[label][0]))
     if not rows:
         return
-    figure, axes = new_figure(1, 1, (6.5, 1 + 0.7 * len(rows)))
+    figure, axes = new_figure(1, 1, (8, 1.2 + 0.45 * len(rows)))
     axis = axes[0, 0]
+    colors = dict.fromkeys(TASKS, GREY) | {HALF_CHEETAH: "C1", LUNAR: "C2"}
+    names = {"pooled": "all tasks", HALF_CHEETAH: HALF_CHEETAH, LUNAR: LUNAR}
     for y, (_, effects) in enumerate(rows):
         for i, (task, (effect, low, high)) in enumerate(effects.items()):
             pooled = task == "pooled"
-            look = {"color": "C0" if pooled else GREY, "linewidth": 3 if pooled else 1}
+            look = {"color": colors.get(task, "C0"), "linewidth": 3 if pooled else 1}
             place = y if pooled else y + 0.2 + 0.12 * i  # tasks stand below
             axis.plot([100 * low, 100 * high], [place, place], **look)
-            axis.plot(100 * effect, place, "o", color=look["color"], markersize=7 if pooled else 4)
+            look |= {"linewidth": 0, "markersize": 7 if pooled else 4}
+            axis.plot(100 * effect, place, "o", label=names.get(task, "another task"), **look)
     axis.axvline(0, color=GREY, linestyle=":")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set_ylim(len(rows) - 0.2, -0.4)  # the first claim on top
-    axis.set_xlabel("effect, % of the reference's distance from a random policy")
+    axis.set_xlabel("effect, %")
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels())))
+    options = {"loc": "outside upper center", "ncols": 4, "frameon": False}
+    figure.legend(handles.values(), handles, labelcolor=GREY, **options)
     save(figure, "claims.svg")
 
 

@@ -151,14 +151,14 @@ def test_the_table_of_a_claim(tmp_path, monkeypatch):
         write(task, "no-norm-adv", 60.0, 4)
     assert report.claim_effects(claim) == {}  # too few seeds
     write(claims.LUNAR, "no-norm-adv", 60.0, 5)
-    effects, missing = report.claim_effects(claim)["no_norm_adv"]
+    effects, missing = report.claim_effects(claim)["advantages not normalised"]
     assert effects == {claims.LUNAR: (-0.5, -0.5, -0.5), "pooled": (-0.5, -0.5, -0.5)}
     assert missing == 1
-    row = next(line for line in report.claims() if line.startswith("| no norm adv"))
+    row = next(line for line in report.claims() if line.startswith("| advantages not"))
     assert "**−50 % [−50 %, −50 %]** | unfinished, missing runs: 1 |" in row
     for task in claims.MUJOCO:
         write(task, "no-norm-adv", 60.0, 5)
-    row = next(line for line in report.claims() if line.startswith("| no norm adv"))
+    row = next(line for line in report.claims() if line.startswith("| advantages not"))
     assert row.endswith("**−50 % [−50 %, −50 %]** | matters |")
 
 
@@ -207,7 +207,7 @@ def test_every_claim_is_decided_and_drawn(made_up, monkeypatch):
     assert decided["norm-adv"][0] == "−50 % [−50 %, −50 %]"
     assert decided["kl-penalty"][0] == "+2 % [+2 %, +2 %]"  # the best β
     assert decided["clip-kl"][0] == "1.20 to 1.20 times ½ε²"
-    assert decided["normalisation"][0].startswith("no norm obs: −90 %")
+    assert decided["normalisation"][0].startswith("observations not normalised: −90 %")
     report.claims_figure()
     report.claim_figures()
     drawn = {path.stem.removeprefix("claim-") for path in made_up.glob("claim-*.svg")}
@@ -245,6 +245,12 @@ def test_a_claim_with_a_further_condition(made_up):
     of_name = {claim.name: claim for claim in claims.CLAIMS}
     for name in ("lambda", "epochs"):
         assert report.decision(of_name[name])[1] == "does not hold"
+
+
+def test_every_verdict_is_put_in_words_that_agree_with_it():
+    for claim in claims.CLAIMS:
+        if decided := report.decision(claim):
+            assert report.in_words(claim, decided[1]), claim.name
 
 
 def test_every_claim_names_what_others_found():
