@@ -43,7 +43,7 @@ from claims import (
 )
 from drawing import GREY, new_figure
 from scipy import stats
-from studies import CANDIDATES, FORMER_CANDIDATES, GIVEN_UP, SELECTION_TASKS
+from studies import CANDIDATES, GIVEN_UP, SELECTION_TASKS
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -110,14 +110,6 @@ def runs(study):
         label, seed = path.name.removesuffix(".args.json").rsplit("-", 1)
         found.setdefault(label, {})[int(seed)] = path.with_name(f"{label}-{seed}")
     return found
-
-
-def first_five(study):
-    """The runs with seeds 1 to 5: on those of "continuous", by the former script, choices rest."""
-    return {
-        label: {seed: run for seed, run in seeds.items() if seed <= 5}
-        for label, seeds in runs(study).items()
-    }
 
 
 def reported(study):
@@ -317,31 +309,6 @@ def speed(script):
     return [*lines, "", f"{data['machine']}; {rounds}, {threads}."]
 
 
-def continuous_defaults():
-    found, chosen = runs("continuous-defaults"), first_five("continuous")
-    variants = ["default", "16x128", "64x32-target-kl", "64x32", "8x256-no-norm-adv"]
-    variants += [f"{shape}-clip-vloss" for shape in ("8x256", "16x128", "32x64", "64x32")]
-    head = ["environment", *(f"`{name}`" for name in variants), "(k3) of `16x128`"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for environment in chosen:
-        cells = [environment]
-        for variant in variants:
-            seeds = found.get(f"{environment}-{variant}", {})
-            if variant == "default":
-                seeds = chosen[environment]
-            if not seeds:
-                cells.append("")
-                continue
-            scores = np.array([last_100(run) for run in seeds.values()])
-            digits = 1 if abs(scores.mean()) < 500 else 0
-            deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
-            cells.append(f"**{number(scores.mean(), digits)}**{deviation} ({len(scores)})")
-        without_limit = found[f"{environment}-16x128"].values()
-        kl = np.mean([column_of(run, "metrics", "approx_kl").mean() for run in without_limit])
-        lines.append(f"| {' | '.join(cells)} | {number(kl, 3)} |")
-    return lines
-
-
 def summaries(study):
     """{label: {seed: summary}} of a study that keeps no episodes."""
     found = {}
@@ -351,27 +318,16 @@ def summaries(study):
     return found
 
 
-def selection_scores():
-    """{candidate: {task: scores of seeds 1 to 5}}; today's defaults come first."""
-    scores, found = {}, summaries("selection")
-    for candidate, (study, label) in FORMER_CANDIDATES.items():
-        former = {task: runs(study).get(label.format(task=task), {}) for task in SELECTION_TASKS}
-        scores[candidate] = {
-            task: [last_100(run) for seed, run in sorted(seeds.items()) if seed <= 5]
-            for task, seeds in former.items()
-        }
-    for candidate in CANDIDATES:
-        seeds = {task: found.get(f"{task}-{candidate}", {}) for task in SELECTION_TASKS}
-        scores[candidate] = {
-            task: [runs_of_task[seed]["score"] for seed in sorted(runs_of_task)]
-            for task, runs_of_task in seeds.items()
-        }
-    return scores
-
-
 def selection():
     """Applies SELECTION_RULE of studies.py."""
-    scores = selection_scores()
+    found = summaries("selection")
+    scores = {  # of seeds 1 to 5; the defaults of that day come first
+        candidate: {
+            task: [run["score"] for run in found.get(f"{task}-{candidate}", {}).values()]
+            for task in SELECTION_TASKS
+        }
+        for candidate in CANDIDATES
+    }
     today = next(iter(scores))
     ratios = {}
     lines = [f"| task | {' | '.join(f'`{name}`' for name in scores)} |"]
@@ -648,24 +604,31 @@ def claims_figure():
 
 
 def does_it_matter():
-    """The claims that have been decided, and what runs of former flags say about the KL limit."""
+    """The claims that have been decided."""
     lines = ["| claim | effect [95 %] | verdict |", "|---|---|---|"]
     for claim in CLAIMS:
         if found := decision(claim):
             lines.append(f"| {claim.text} | {found[0]} | {found[1]} |")
-    text = "A limit on the KL of an update (`--target-kl 0.02`) helps"
-    return [*lines, f"| {text} | {kl_limit()} | elsewhere, seeds differ more |"]
+    return lines
 
 
 def kl_limit():
-    """How much higher the returns of former runs with the KL limit are than without it."""
-    found, chosen = runs("continuous-defaults"), first_five("continuous")
-    mean = lambda seeds: np.mean([last_100(run) for run in seeds.values()])
-    times = {
-        task: mean(chosen[task]) / mean(found[f"{task}-16x128"])
-        for task in ("Humanoid-v5", "Ant-v5")
-    }
-    return ", ".join(f"{ratio:.1f} times the return on {task}" for task, ratio in times.items())
+    """Scores with and without the limit on the KL of an update, and the KL without it."""
+    limited, free = summaries("selection"), summaries("kl-limit")
+    lines = ["| task | with the limit | without | without / with | mean `approx_kl` without |"]
+    lines.append("|---" * 5 + "|")
+    for task in SELECTION_TASKS:
+        runs_with, runs_without = limited[f"{task}-16x128"].values(), free[f"{task}-none"].values()
+        means, cells = [], [task]
+        for seeds in (runs_with, runs_without):
+            scores = np.array([run["score"] for run in seeds])
+            means.append(scores.mean())
+            digits = 1 if abs(scores.mean()) < 500 else 0
+            deviation = number(scores.std(ddof=1), digits)
+            cells.append(f"**{number(scores.mean(), digits)}** ± {deviation}")
+        kl = np.mean([mean_kl(run) for run in runs_without])
+        lines.append(f"| {' | '.join(cells)} | {means[1] / means[0]:.2f} | {number(kl, 3)} |")
+    return lines
 
 
 def overview():
@@ -816,7 +779,7 @@ TABLES = {
         "continuous-scores": continuous_scores,
         "continuous-sb3": continuous_sb3,
         "selection": selection,
-        "continuous-defaults": continuous_defaults,
+        "kl-limit": kl_limit,
         "atari-scores": atari_scores,
         "atari-bf16": atari_bf16,
         "ppo-speed": lambda: speed("ppo"),

@@ -2,16 +2,16 @@
 
 Rules of choice and of verdicts stand here and are committed before the first run that they judge.
 
-ppo                  the classic tasks of ppo.py
-continuous           MuJoCo, with the default flags of ppo_continuous.py, seeds 6 to 10
-continuous-sb3       stable-baselines3's PPO on three of its tasks, with its and rl-zoo3's flags
-atari                Pong, Breakout, BeamRider: ppo_atari.py's defaults but for the steps; hours
-atari-bf16           whether bfloat16 harms learning: 500,000 steps of Breakout with and without
-continuous-defaults  first comparison of flags for ppo_continuous.py, with the former scripts
-selection            which defaults ppo_continuous.py gets, seeds 1 to 5 (SELECTION_RULE)
-tuned                flags for tasks that the defaults do not fit, seeds 1 to 5 (TUNED_RULE)
-double-pendulum      why episodes of InvertedDoublePendulum fall, seeds 1 to 5 (TUNED_RULE)
-diagnostics          a healthy run of LunarLander beside one with ten times the learning rate
+ppo              the classic tasks of ppo.py
+continuous       MuJoCo, with the default flags of ppo_continuous.py, seeds 6 to 10
+continuous-sb3   stable-baselines3's PPO on three of its tasks, with its and rl-zoo3's flags
+atari            Pong, Breakout, BeamRider: ppo_atari.py's defaults but for the steps; hours
+atari-bf16       whether bfloat16 harms learning: 500,000 steps of Breakout with and without
+selection        which defaults ppo_continuous.py gets, seeds 1 to 5 (SELECTION_RULE)
+kl-limit         the candidate 16x128 of the selection without its limit on the KL
+tuned            flags for tasks that the defaults do not fit, seeds 1 to 5 (TUNED_RULE)
+double-pendulum  why episodes of InvertedDoublePendulum fall, seeds 1 to 5 (TUNED_RULE)
+diagnostics      a healthy run of LunarLander beside one with ten times the learning rate
 """
 
 from dataclasses import dataclass
@@ -25,19 +25,6 @@ LUNAR_LANDER = CLASSIC + "--gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003"
 LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
 MUJOCO = "HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Swimmer-v5 Humanoid-v5 Reacher-v5".split()
 MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
-NO_ADV = "--no-norm-adv --vf-coef 0.25"
-FORMER_VARIANTS = {  # on three tasks, three seeds
-    "8x256-clip-vloss": "--num-envs 8 --num-steps 256 --target-kl None --clip-vloss",
-    "16x128-clip-vloss": "--num-envs 16 --num-steps 128 --target-kl None --clip-vloss",
-    "32x64-clip-vloss": "--num-envs 32 --num-steps 64 --target-kl None --clip-vloss",
-    "64x32-clip-vloss": "--num-envs 64 --num-steps 32 --target-kl None --clip-vloss",
-    "8x256-no-norm-adv": f"--num-envs 8 --num-steps 256 --target-kl None {NO_ADV}",
-}
-FORMER_VARIANTS_ON_ALL = {  # the same, on all tasks
-    "16x128": "--num-envs 16 --num-steps 128 --target-kl None",
-    "64x32": "--num-envs 64 --num-steps 32 --target-kl None --compile",
-    "64x32-target-kl": "--num-envs 64 --num-steps 32 --target-kl 0.02 --compile",
-}
 
 SELECTION_RULE = """
 Candidates: the defaults of that day (16 environments x 128 steps), 32 x 64, 64 x 32, and a critic
@@ -61,14 +48,13 @@ SELECTION_TASKS += ["InvertedDoublePendulum-v5", "Ant-v4", "InvertedPendulum-v5"
 NARROW_CRITIC = (  # replaced in ppo_continuous.py: a critic with 64 units a layer
     ("mlp(observation_space.shape[0], 256, 1, 1.0)", "mlp(observation_space.shape[0], 64, 1, 1.0)"),
 )
+FORMER_SIZES = "--num-envs 16 --num-steps 128"
 CANDIDATES = {  # label: flags, replacements in the source
+    "16x128": (FORMER_SIZES, NARROW_CRITIC),  # the defaults of that day
+    "64x32": ("--num-envs 64 --num-steps 32", NARROW_CRITIC),
     "32x64": ("", NARROW_CRITIC),
-    "critic-256": ("--num-envs 16 --num-steps 128", ()),
+    "critic-256": (FORMER_SIZES, ()),
     "critic-256-32x64": ("", ()),  # since then the default
-}
-FORMER_CANDIDATES = {  # label: study and label of the former scripts' runs
-    "16x128": ("continuous", "{task}"),
-    "64x32": ("continuous-defaults", "{task}-64x32-target-kl"),
 }
 
 TUNED_RULE = """
@@ -151,6 +137,15 @@ def selection():
     ]
 
 
+def kl_limit():
+    script, flags = "ppo_continuous.py", f"--compile {FORMER_SIZES} --target-kl None"
+    return [
+        Run("kl-limit", f"{task}-none", seed, script, task, flags, NARROW_CRITIC)
+        for seed in range(1, 6)
+        for task in SELECTION_TASKS
+    ]
+
+
 def tuned():
     return [
         Run("tuned", f"{task}-{candidate}", seed, "ppo_continuous.py", task, flags)
@@ -189,15 +184,6 @@ CONTINUOUS_SB3 = [
     for label, flags in (("default", ""), ("tuned", "--tuned"))
     for env in LOCOMOTION
 ]
-CONTINUOUS_DEFAULTS = [
-    (f"{env}-{name}", env, flags, seeds)
-    for variants, envs, seeds in (
-        (FORMER_VARIANTS, LOCOMOTION, range(1, 4)),
-        (FORMER_VARIANTS_ON_ALL, MUJOCO, range(1, 6)),
-    )
-    for name, flags in variants.items()
-    for env in envs
-]
 ATARI = [
     ("Pong-10M", "Pong", "", range(1, 2)),
     ("Breakout-10M", "Breakout", "", range(1, 4)),
@@ -214,10 +200,10 @@ STUDIES = {
         "continuous", EVALUATED, [(task, task, "--compile", range(6, 11)) for task in MUJOCO]
     ),
     "continuous-sb3": seeds_first("continuous-sb3", "benchmark/sb3.py", CONTINUOUS_SB3),
-    "continuous-defaults": seeds_first("continuous-defaults", EVALUATED, CONTINUOUS_DEFAULTS),
     "atari": seeds_first("atari", "ppo_atari.py", ATARI),
     "atari-bf16": seeds_first("atari-bf16", "ppo_atari.py", ATARI_BF16),
     "selection": selection(),
+    "kl-limit": kl_limit(),
     "tuned": tuned(),
     "double-pendulum": double_pendulum(),
     "diagnostics": diagnostics(),

@@ -199,7 +199,7 @@ def made_up(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_claim_is_decided_and_drawn(made_up, monkeypatch):
+def test_every_claim_is_decided_and_drawn(made_up):
     decided = {claim.name: report.decision(claim) for claim in claims.CLAIMS}
     assert decided.pop("ladder") == ("60 → 110", "most: log σ −0.5 (+50)")
     assert {name for name, (_, word) in decided.items() if word == "holds"} == HOLD
@@ -215,8 +215,7 @@ def test_every_claim_is_decided_and_drawn(made_up, monkeypatch):
         "lambda",
         "overfit",
     }
-    monkeypatch.setattr(report, "kl_limit", lambda: "")
-    assert len(report.does_it_matter()) == 2 + 16 + 1
+    assert len(report.does_it_matter()) == 2 + 16
 
 
 def test_a_claim_is_decided_on_the_tasks_that_have_all_runs(made_up):
