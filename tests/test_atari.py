@@ -357,7 +357,7 @@ def test_it_learns_from_pixels(tmp_path, monkeypatch):
     flags = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "update_epochs": 4}
     run_dir = train(tmp_path, total_timesteps=4096, learning_rate=1e-3, **flags)
     scores = [float(game["episodic_return"]) for game in read(run_dir / "episodes.csv")]
-    assert np.mean(scores[:20]) < 7 and np.mean(scores[-20:]) > 9.5
+    assert np.mean(scores[:20]) < 7 and np.mean(scores[-20:]) > 9
     args = ppo.Args(num_envs=4, eval_episodes=2, greedy=True, evaluate=str(run_dir))
     np.testing.assert_array_equal(ppo.evaluate(ppo.load_agent(run_dir), args), np.full((4, 2), 10))
 
