@@ -43,7 +43,7 @@ from claims import (
 )
 from drawing import GREY, new_figure
 from scipy import stats
-from studies import CANDIDATES, GIVEN_UP, SELECTION_TASKS
+from studies import CANDIDATES, DOUBLE_PENDULUM, GIVEN_UP, SELECTION_TASKS, TUNED, TUNED_CHOSEN
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -76,6 +76,12 @@ PUBLISHED_ATARI = {
 }
 
 
+PUBLISHED_TUNED = {  # rl-zoo3's benchmark.md; BipedalWalker after 5,000,000 steps
+    "Swimmer-v5": "281.6 ± 9.7",
+    "Pendulum-v1": "−172.2 ± 104.2",
+    "BipedalWalker-v3": "213.3 ± 129.5",
+}
+DOUBLE_PENDULUM_TASK = "InvertedDoublePendulum-v5"
 BEST_PUBLISHED = {  # the highest of the published PPO scores at about the same number of steps
     "CartPole-v1": "500 (rl-zoo3)",
     "Acrobot-v1": "−73.5 (rl-zoo3, 1M)",
@@ -358,6 +364,65 @@ def selection():
             verdicts.append(f"**{np.mean(list(of_task.values())):.5f}**")
     verdicts += [""] * (len(scores) - len(verdicts))
     return [*lines, f"| mean ratio | {' | '.join(verdicts)} |"]
+
+
+def candidates_of(task):
+    """{candidate: (flags, {seed: summary})} of those compared by TUNED_RULE, the default first."""
+    if task == DOUBLE_PENDULUM_TASK:
+        study, given = (
+            "double-pendulum",
+            {name: flags for name, (flags, _) in DOUBLE_PENDULUM.items()},
+        )
+    else:
+        study, given = "tuned", TUNED[task]
+    found = summaries(study)
+    candidates = {name: (flags, found.get(f"{task}-{name}", {})) for name, flags in given.items()}
+    if "default" not in candidates:
+        seeds = summaries("selection").get(f"{task}-critic-256-32x64", {})
+        candidates = {"default": ("", seeds)} | candidates
+    return candidates
+
+
+def spread(scores):
+    """Mean ± standard deviation, and how many scores."""
+    digits = 1 if abs(np.mean(scores)) < 500 else 0
+    return f"{number(np.mean(scores), digits)} ± {number(np.std(scores, ddof=1), digits)}"
+
+
+def tuned():
+    """Candidates on seeds 1 to 5, and the chosen one on seeds 6 to 10."""
+    head = ["task", "candidate", "flags", "seeds 1 to 5", "seeds 6 to 10", "published (rl-zoo3)"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for task, published in PUBLISHED_TUNED.items():
+        for name, (flags, found) in candidates_of(task).items():
+            choosing = [run["score"] for seed, run in found.items() if seed <= 5]
+            fresh = [run["score"] for seed, run in found.items() if seed > 5]
+            if len(choosing) < 5:
+                return ["The runs are not finished yet."]
+            cells = [task, f"`{name}`", f"`{flags}`" if flags else "", spread(choosing)]
+            chosen = TUNED_CHOSEN.get(task) == name and len(fresh) == 5
+            cells += [f"**{spread(fresh)}**" if chosen else "", published if chosen else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def double_pendulum():
+    """What each candidate does to InvertedDoublePendulum, on seeds 1 to 5."""
+    head = ["candidate", "flags", "score", "highest part of the curve"]
+    head += ["last 100 episodes under 30 steps", "σ at the end"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, (flags, found) in candidates_of(DOUBLE_PENDULUM_TASK).items():
+        seeds = [run for seed, run in found.items() if seed <= 5]
+        if len(seeds) < 5:
+            return ["The runs are not finished yet."]
+        peaks = [max(point for point in run["curve"] if point is not None) for run in seeds]
+        falls = np.mean([np.array(run["last_lengths"]) < 30 for run in seeds])
+        entropy = np.mean([run["metrics"]["entropy"][-1] for run in seeds])
+        sigma = np.exp(entropy - 0.5 * np.log(2 * np.pi * np.e))  # (entropy), one action
+        cells = [f"`{name}`", f"`{flags}`" if flags else "", spread([r["score"] for r in seeds])]
+        cells += [number(np.mean(peaks), 0), f"{falls:.0%}", f"{sigma:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def minutes(runs_of_task):
@@ -780,6 +845,8 @@ TABLES = {
         "continuous-sb3": continuous_sb3,
         "selection": selection,
         "kl-limit": kl_limit,
+        "tuned": tuned,
+        "double-pendulum": double_pendulum,
         "atari-scores": atari_scores,
         "atari-bf16": atari_bf16,
         "ppo-speed": lambda: speed("ppo"),

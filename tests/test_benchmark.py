@@ -14,7 +14,8 @@ import ppo
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmark"))
 
-import run as runner  # noqa: E402 (the line above finds it)
+import report  # noqa: E402 (the line above finds it)
+import run as runner  # noqa: E402
 import studies  # noqa: E402
 
 EDITED = {run.edits: run for runs in studies.STUDIES.values() for run in runs if run.edits}
@@ -149,3 +150,24 @@ def test_evaluations_on_the_way_do_not_disturb_training(tmp_path):
     assert evaluations["episodic_return"][-10:].mean() > evaluations["episodic_return"][:10].mean()
     assert len((evaluated / "reloaded.csv").read_text().splitlines()) == 21
     assert not (plain / "evaluations.csv").exists()
+
+
+def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, monkeypatch):
+    """Made-up runs: the score of seed s is 10 s for one candidate of Swimmer, else s."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.tuned() == ["The runs are not finished yet."]
+    monkeypatch.setitem(studies.TUNED_CHOSEN, "Swimmer-v5", "gamma-0.9999")
+    runs = [*studies.tuned(), *studies.double_pendulum()]
+    runs += [run for run in studies.selection() if run.label.endswith("critic-256-32x64")]
+    for run in runs:
+        score = run.seed * (10 if "gamma" in run.label else 1)
+        made_up = {"score": score, "curve": [None, score, 0], "last_lengths": [29] * 25 + [30] * 75}
+        made_up["metrics"] = {"entropy": [0.5 * np.log(2 * np.pi * np.e)]}
+        (tmp_path / run.study).mkdir(exist_ok=True)
+        (tmp_path / run.study / f"{run.name}.json").write_text(json.dumps(made_up))
+    rows = [row for row in report.tuned() if "Swimmer" in row]
+    assert "| `default` |  | 3.0 ± 1.6 |  |  |" in rows[0]
+    assert "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 |" in rows[1]
+    assert "| 3.0 ± 1.6 |  |  |" in rows[2]
+    (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
+    assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 3 | 25% | 1.000 |")
