@@ -250,6 +250,11 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "On LunarLander the policy keeps exploring without a bonus, and 0.01 hardly changes its "
         "entropy. A bonus of 0.05 keeps it so random that it loses a quarter of what it learns.",
     ),
+    "lambda": (
+        "holds",
+        "On LunarLander bias is what costs most: up to 0.5 little is learned. 0.95 and 0.99 are "
+        "level, 0.9 and 1 are worse.",
+    ),
     "reset-rows": (
         "not settled",
         "Where episodes are long, as on LunarLander, they do no harm. Where "

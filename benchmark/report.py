@@ -523,7 +523,7 @@ def claim_effects(claim):
 
 def percent(effect, low, high):
     text = f"{effect:+.0%} [{low:+.0%}, {high:+.0%}]"
-    return text.replace("-", "−").replace("%", " %")
+    return re.sub(r"[+-]0%", "0%", text).replace("-", "−").replace("%", " %")
 
 
 def ratio_of_kls():
