@@ -968,19 +968,47 @@ HEADLINE = [  # study, label, title
 ]
 
 
+def draw_curves(axis, study, label, title):
+    """Thin: seeds; thick: interquartile mean; orange: the best published score."""
+    grid, curves = learning_curves(reported(study)[label])
+    axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.9, alpha=0.6)
+    axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5, label="here")
+    if BEST_PUBLISHED[title]:
+        look = {"color": "C1", "linestyle": "--", "linewidth": 1.5, "label": "best published PPO"}
+        axis.axhline(mean_of(BEST_PUBLISHED[title]), **look)
+    axis.set_title(title, color=GREY)
+    axis.set_xlabel("million steps")
+
+
 def headline():
-    """Six learning curves: thin lines for seeds, a thick one for the interquartile mean."""
     for study, label, title in HEADLINE:
         figure, axes = new_figure(1, 1, (2.84, 2.5))
-        grid, curves = learning_curves(reported(study)[label])
-        axis = axes[0, 0]
-        axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.9, alpha=0.6)
-        axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5)
-        published = BEST_PUBLISHED[title].split(" ")[0].replace(",", "")
-        axis.axhline(float(published), color="C1", linestyle="--", linewidth=1.5)
-        axis.set_title(title, color=GREY)
-        axis.set_xlabel("million steps")
+        draw_curves(axes[0, 0], study, label, title)
         save(figure, f"headline-{title}.svg")
+
+
+def all_curves(study, tasks):
+    """The learning curves of all tasks of a study, with those of stable-baselines3 if it was run.
+
+    tasks: {title: label}.
+    """
+    rows = -(-len(tasks) // 3)
+    figure, axes = new_figure(rows, 3, (8.5, 2.5 * rows + 0.4))
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    peers, handles = runs(f"{study}-sb3"), {}
+    names = {"default": "stable-baselines3", "tuned": "stable-baselines3, rl-zoo3's flags"}
+    for axis, (title, label) in zip(axes.flat, tasks.items()):
+        draw_curves(axis, study, label, title)
+        for color, (kind, name) in zip(("C2", "C3"), names.items()):
+            if seeds := peers.get(f"{label}-{kind}"):
+                grid, curves = learning_curves(seeds)
+                mean = iqm(curves, axis=0)
+                axis.plot(grid / 1e6, mean, color=color, linewidth=1.5, label=name)
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    options = {"loc": "outside upper center", "ncols": 4, "frameon": False}
+    figure.legend(handles.values(), handles, labelcolor=GREY, **options)
+    save(figure, f"curves-{study}.svg")
 
 
 def save(figure, name):
@@ -1001,40 +1029,7 @@ def learning_curves(seeds):
         starts = np.maximum(counts - 100, 0)
         with np.errstate(invalid="ignore"):
             curves.append((sums[counts] - sums[starts]) / (counts - starts))
-        reached = column_of(run, "metrics", "global_step").max()
-        curves[-1][grid > reached + total / 100] = np.nan  # not there yet
     return grid, np.array(curves)
-
-
-def figures(study, name, columns):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = reported(study)
-    rows = -(-len(found) // columns)
-    options = {"figsize": (4 * columns, 3 * rows), "constrained_layout": True, "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **options)
-    for axis in axes.flat[len(found) :]:
-        axis.axis("off")
-    for axis, (label, seeds) in zip(axes.flat, found.items()):
-        grid, curves = learning_curves(seeds)
-        axis.plot(grid, iqm(curves, axis=0), color="C0")
-        axis.fill_between(grid, curves.min(0), curves.max(0), color="C0", alpha=0.2)
-        if published := PUBLISHED_ATARI.get(label.split("-")[0]):
-            sources = ("CleanRL", "baselines", "rl-zoo3")
-            for source, style, score in zip(sources, ("--", ":", "-."), published):
-                look = {"color": "C1", "linestyle": style, "linewidth": 1}
-                axis.axhline(mean_of(score), label=f"{source}, after 10,000,000", **look)
-            axis.legend(fontsize="x-small")
-        axis.set_title(f"{label}, {len(curves)} seed{'s' * (len(curves) > 1)}")
-        axis.set_xlim(0, grid[-1])
-        axis.set_xlabel("environment steps")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    for axis in axes[:, 0]:
-        axis.set_ylabel("return, last 100 episodes")
-    figure.savefig(RESULTS / name, dpi=100, metadata={"Software": None})
 
 
 def main():
@@ -1044,8 +1039,9 @@ def main():
         sys.exit(f"{old} are out of date: run benchmark/report.py" if old else 0)
     for file, text in texts.items():
         (ROOT / file).write_text(text)
-    for study, columns in (("ppo", 4), ("continuous", 5), ("atari", 2)):
-        figures(study, f"{study}.png", columns)
+    all_curves("ppo", {task: task for task in PUBLISHED})
+    all_curves("continuous", {task: task for task in PUBLISHED_CONTINUOUS})
+    all_curves("atari", {game: f"{game}-10M" for game in PUBLISHED_ATARI})
     explain_clip()
     explain_gae()
     diagnostics_figure()
