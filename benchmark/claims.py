@@ -257,7 +257,7 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
     ),
     "reset-rows": (
         "not settled",
-        "Where episodes are long, as on LunarLander, they do no harm. Where "
+        "On LunarLander, where episodes are long, they do no harm. Where "
         "episodes are short, ten seeds differ too much to tell.",
     ),
 }

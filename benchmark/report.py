@@ -86,7 +86,7 @@ BEST_PUBLISHED = {  # the highest of the published PPO scores at about the same 
     "CartPole-v1": "500 (rl-zoo3)",
     "Acrobot-v1": "−73.5 (rl-zoo3, 1M)",
     "MountainCar-v0": "−110.4 (rl-zoo3)",
-    "LunarLander-v3": "242 (rl-zoo3)",
+    "LunarLander-v3": "242 (rl-zoo3, v2)",
     "HalfCheetah-v5": "5,819 (rl-zoo3)",
     "Hopper-v5": "2,609 (Tianshou)",
     "Walker2d-v5": "3,589 (Tianshou)",
@@ -228,7 +228,9 @@ def continuous_scores():
     )
     reached += f"tied with it on {len(tied)} ({', '.join(tied)}), "
     reached += f"and below it on {len(below)} ({', '.join(below)})."
-    worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%}"
+    worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%}".replace(
+        "%", " %"
+    )
     return [*lines, "", reached, f"{worst} below its last 100 episodes."]
 
 
@@ -239,19 +241,16 @@ def continuous_sb3():
     heads = [f"{name}: {measure}" for name in programs for measure in measures]
     lines = [f"| environment | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for environment in ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"):
-        cells = [environment]
+        cells = [marked(environment, ours[environment])]
         for seeds in (
-            ours.get(environment, {}),
-            theirs.get(f"{environment}-default", {}),
-            theirs.get(f"{environment}-tuned", {}),
+            ours[environment],
+            theirs[f"{environment}-default"],
+            theirs[f"{environment}-tuned"],
         ):
-            if not seeds:
-                cells += ["", ""]
-                continue
-            count = f"({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-            last = np.mean([last_100(run) for run in seeds.values()])
-            for score in (last, best_evaluation(seeds.values())[0]):
-                cells.append(f"{number(score, 0)} {count}")
+            cells.append(
+                f"{spread([last_100(run) for run in seeds.values()])} ({len(seeds)} seeds)"
+            )
+            cells.append(" ± ".join(number(x, 0) for x in best_evaluation(seeds.values())))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -420,7 +419,7 @@ def double_pendulum():
         entropy = np.mean([run["metrics"]["entropy"][-1] for run in seeds])
         sigma = np.exp(entropy - 0.5 * np.log(2 * np.pi * np.e))  # (entropy), one action
         cells = [f"`{name}`", f"`{flags}`" if flags else "", spread([r["score"] for r in seeds])]
-        cells += [number(np.mean(peaks), 0), f"{falls:.0%}", f"{sigma:.3f}"]
+        cells += [number(np.mean(peaks), 0), f"{100 * falls:.0f} %", f"{sigma:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -609,7 +608,9 @@ def claims():
         lines = []
     for claim in CLAIMS:
         lines += [f"**{claim.number}. {claim.text}.** Others: {SOURCES[claim.name]}."]
-        lines += [f"Predicted, if it is right: {claim.prediction}."]
+        lines += [f"If it is right, we expect: {claim.prediction}."]
+        if claim.score == "mean_return":
+            lines += ["The score is the mean return over the whole run."]
         lines += [f"`python benchmark/run.py claims-{claim.name}` makes the data.", ""]
         effects = claim_effects(claim)
         if not effects:
@@ -826,6 +827,10 @@ def speed_line():
         name = f"{script}.py" + " --compile" * (script != "ppo_atari")
         ratio = np.median([turn[name] / turn["stable-baselines3"] for turn in rounds])
         ratios.append(f"{ratio:.1f} times (`{name}`)")
+    plain = np.median(
+        [turn["ppo_atari.py --bf16 off"] / turn["stable-baselines3"] for turn in rounds]
+    )
+    ratios[-1] = ratios[-1].replace(")", f", in bfloat16; without it {plain:.1f} times)")
     return [f"Steps per second against stable-baselines3: {', '.join(ratios)}."]
 
 

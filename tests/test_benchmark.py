@@ -170,4 +170,4 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
     assert "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 |" in rows[1]
     assert "| 3.0 ± 1.6 |  |  |" in rows[2]
     (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
-    assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 3 | 25% | 1.000 |")
+    assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 3 | 25 % | 1.000 |")
