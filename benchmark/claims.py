@@ -250,6 +250,11 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "On LunarLander one epoch reaches less than half of what ten reach, and every doubling up "
         "to ten helps; 20 are hardly better than ten.",
     ),
+    "clip-kl": (
+        "does not hold",
+        "On LunarLander the mean KL grows with ε, but more slowly than ε², and is always less than "
+        "half of ½ε². The return hardly depends on ε.",
+    ),
     "entropy": (
         "does not hold",
         "On LunarLander the policy keeps exploring without a bonus, and 0.01 hardly changes its "
