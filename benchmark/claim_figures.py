@@ -70,7 +70,8 @@ def legend_on_the_right(figure, axis):
 
 
 def over_settings(found, tasks, settings, value, label, name, width=3.6):
-    """Grey: each seed; blue: the mean. Settings, {name: arm}, stand at equal distances."""
+    """Grey: each seed; blue: the mean. Settings, {name: arm}, stand at equal distances, and those
+    of a number, which has a name, are connected."""
     data = complete(found, tasks, settings.values(), value)
     if not data:
         return None
@@ -78,7 +79,8 @@ def over_settings(found, tasks, settings, value, label, name, width=3.6):
     for axis, values in zip(axes, data.values()):
         for place, arm in enumerate(settings.values()):
             axis.plot([place] * len(values[arm]), values[arm], "o", color=GREY, markersize=3)
-        axis.plot([values[arm].mean() for arm in settings.values()], "o-", color="C0", linewidth=2)
+        means = [values[arm].mean() for arm in settings.values()]
+        axis.plot(means, "o-" if name else "o", color="C0", linewidth=2)
         axis.set_xticks(range(len(settings)), settings)
         axis.set_xlabel(name)
     axes[0].set_ylabel(label)
