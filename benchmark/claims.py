@@ -252,7 +252,7 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
     ),
     "epochs": (
         "holds",
-        "On LunarLander one epoch reaches less than half of what ten reach, and every doubling up "
+        "On LunarLander one epoch reaches less than half of what ten reach, and each step up "
         "to ten helps; 20 are hardly better than ten.",
     ),
     "overfit": (
