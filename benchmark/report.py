@@ -383,7 +383,7 @@ def candidates_of(task):
 
 
 def spread(scores):
-    """Mean ± standard deviation, and how many scores."""
+    """Mean ± standard deviation."""
     digits = 1 if abs(np.mean(scores)) < 500 else 0
     return f"{number(np.mean(scores), digits)} ± {number(np.std(scores, ddof=1), digits)}"
 
