@@ -4,7 +4,8 @@
     python benchmark/claims.py                # returns of a random policy, which effects refer to
 
 Each comparison changes one thing: the flags, or lines of a script's source, of its base. Arms are
-shared by the claims, in results/claims/. benchmark/README.md says what was committed after some of the runs.
+shared by the claims, in results/claims/. What was committed later,
+benchmark/README.md says.
 """
 
 import json
@@ -257,8 +258,8 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
     "overfit": (
         "holds",
         "On LunarLander about a quarter to a half of what is learned is lost, with 10 epochs a "
-        "fifth to two fifths: much, but agents still learn. A KL limit prevents most of it. That the "
-        "cause is over-fitting was not measured.",
+        "fifth to two fifths: much, but agents still learn. A KL limit prevents most of it. That "
+        "the cause is over-fitting was not measured.",
     ),
     "clip-kl": (
         "does not hold",
