@@ -495,13 +495,14 @@ def claim_effects(claim):
         for task in comparison.tasks:
             names = [f"{task}--{arm}" for arm in arms]
             tasks_of.setdefault(comparison.label, {})[task] = names
-    if claim.name == "kl-penalty":  # of each task the best β, if it has them all
-        best = lambda names: max(names, key=lambda three: arm_scores[three[0]].mean())
-        of_task = {task: [tasks_of[label][task] for label in tasks_of] for task in TWO}
+    if claim.name == "kl-penalty":  # of each task the best β
+
+        def score_of(names):  # an unfinished arm counts as best: then its task stays unfinished
+            scores = arm_scores.get(names[0], [])
+            return np.mean(scores) if len(scores) >= needed(names[0]) else np.inf
+
         tasks_of["best β"] = {
-            task: best(names)
-            for task, names in of_task.items()
-            if all(three[0] in arm_scores for three in names)
+            task: max([tasks[task] for tasks in tasks_of.values()], key=score_of) for task in TWO
         }
     effects = {}
     for label, tasks in tasks_of.items():
@@ -579,9 +580,7 @@ def decision(claim):
         if None in others:
             return None
         more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
-    parts = [percent(*effects[label]["pooled"]) for label in labels]
-    if len(labels) > 1:
-        parts = [f"{label}: {part}" for label, part in zip(labels, parts)]
+    parts = [f"{label}: {percent(*effects[label]['pooled'])}" for label in labels]
     tasks = {task for comparison in claim.comparisons for task in comparison.tasks}
     measured = set.intersection(*(set(effects[label]) for label in labels)) - {"pooled"}
     if "MuJoCo" in claim.text and not measured & set(MUJOCO):
@@ -614,7 +613,7 @@ def claims():
         lines += [f"`python benchmark/run.py claims-{claim.name}` makes the data.", ""]
         effects = claim_effects(claim)
         if not effects:
-            lines += ["No data yet.", ""]
+            lines += ["No task has all its runs yet.", ""]
             continue
         lines += ["| comparison | each task | all tasks | verdict |", "|---|---|---|---|"]
         for label, (of_tasks, missing) in effects.items():

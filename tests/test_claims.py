@@ -55,7 +55,7 @@ def test_every_claim_has_five_seeds_of_each_arm_and_twenty_of_its_reference():
             for task in comparison.tasks:
                 for arm in (comparison.arm, comparison.base, comparison.reference):
                     seeds = [run.seed for run in runs if run.label == f"{task}--{arm}"]
-                    count = 10 if claim.name == "reset-rows" else 5
+                    count = 10 if claim.name in claims.TEN_SEEDS else 5
                     count = 20 if arm in claims.REFERENCES else count
                     assert sorted(seeds) == list(range(1, count + 1))
 
@@ -204,8 +204,8 @@ def test_every_claim_is_decided_and_drawn(made_up):
     assert decided.pop("ladder") == ("60 → 110", "most: log σ −0.5 (+50)")
     assert {name for name, (_, word) in decided.items() if word == "holds"} == HOLD
     assert {word for _, word in decided.values()} == {"holds", "does not hold"}
-    assert decided["norm-adv"][0] == "−50 % [−50 %, −50 %]"
-    assert decided["kl-penalty"][0] == "+2 % [+2 %, +2 %]"  # the best β
+    assert decided["norm-adv"][0] == "advantages not normalised: −50 % [−50 %, −50 %]"
+    assert decided["kl-penalty"][0] == "best β: +2 % [+2 %, +2 %]"
     assert decided["clip-kl"][0] == "1.20 to 1.20 times ½ε²"
     assert decided["normalisation"][0].startswith("observations not normalised: −90 %")
     report.claims_figure()
@@ -221,7 +221,7 @@ def test_every_claim_is_decided_and_drawn(made_up):
 def test_a_claim_is_decided_on_the_tasks_that_have_all_runs(made_up):
     claim = next(claim for claim in claims.CLAIMS if claim.name == "norm-adv")
     (made_up / "claims" / f"{claims.HALF_CHEETAH}--base-20.json").unlink()
-    figures = "−50 % [−50 %, −50 %] (only LunarLander-v3)"
+    figures = "advantages not normalised: −50 % [−50 %, −50 %] (only LunarLander-v3)"
     assert report.decision(claim) == (figures, "holds")
     (made_up / "claims" / f"{claims.LUNAR}--no-norm-adv-5.json").unlink()
     assert report.decision(claim) is None
