@@ -556,7 +556,8 @@ def decision(claim):
             return None
         low, high = min(ratios.values()), max(ratios.values())
         near = low >= 0.5 and high <= 2
-        where = only_on({task for task, _ in ratios}, TWO)
+        measured = {task for task, _ in ratios}
+        where = only_on(measured, missing=len(TWO) - len(measured))
         return f"{low:.2f} to {high:.2f} times ½ε²{where}", "holds" if near else "does not hold"
     if claim.name == "ladder":
         data = complete(summaries("claims"), ["HalfCheetah-v5"], STEPS.values())
@@ -581,11 +582,12 @@ def decision(claim):
             return None
         more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
     parts = [f"{label}: {percent(*effects[label]['pooled'])}" for label in labels]
-    tasks = {task for comparison in claim.comparisons for task in comparison.tasks}
-    measured = set.intersection(*(set(effects[label]) for label in labels)) - {"pooled"}
-    if "MuJoCo" in claim.text and not measured & set(MUJOCO):
+    measured = [effects[label].keys() - {"pooled"} for label in labels]
+    if "MuJoCo" in claim.text and not all(tasks & set(MUJOCO) for tasks in measured):
         return None
-    return "; ".join(parts) + only_on(measured, tasks), outcome(claim, effects, more)
+    missing = sum(found[label][1] for label in labels)
+    where = only_on(set.union(*measured), missing)
+    return "; ".join(parts) + where, outcome(claim, effects, more)
 
 
 def in_words(claim, word):
@@ -594,9 +596,9 @@ def in_words(claim, word):
     return sentence if verdict_then and word.startswith(verdict_then) else ""
 
 
-def only_on(measured, planned):
-    """Names the tasks if some of the planned ones have not all their runs yet."""
-    return f" (only {', '.join(sorted(measured))})" if measured < set(planned) else ""
+def only_on(measured, missing):
+    """Names the tasks that have all their runs if others lack some."""
+    return f" (only {', '.join(sorted(measured))})" if missing else ""
 
 
 def claims():
