@@ -312,6 +312,13 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "On HalfCheetah ten seeds differ too much: both a loss of a quarter and a gain of a fifth "
         "are possible.",
     ),
+    "normalisation": (
+        "holds",
+        "Without normalised observations HalfCheetah loses nearly two thirds of what is learned, "
+        "LunarLander 1 to 5 %. Without scaled rewards LunarLander loses an eighth to a fifth. On "
+        "HalfCheetah alone, ten seeds show no harm of that, so for rewards the claim holds only by "
+        "both tasks together.",
+    ),
     "reset-rows": (
         "not settled",
         "On LunarLander, where episodes are long, they do no harm. Where "
