@@ -4,8 +4,7 @@
     python benchmark/claims.py                # returns of a random policy, which effects refer to
 
 Each comparison changes one thing: the flags, or lines of a script's source, of its base. Arms are
-shared by the claims, in results/claims/. What was committed later,
-benchmark/README.md says.
+shared by the claims, in results/claims/. benchmark/README.md says what was committed later.
 """
 
 import json

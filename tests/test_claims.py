@@ -232,6 +232,15 @@ def test_a_comparison_with_fewer_tasks_than_its_claim_is_complete(made_up):
     assert "only" not in report.decision(claim)[0]  # log σ = 0 needs HalfCheetah alone
 
 
+def test_the_best_penalty_of_a_task_waits_for_all_its_penalties(made_up):
+    """β = 0.3 is not the best one here, but could be as long as a run is missing."""
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "kl-penalty")
+    (made_up / "claims" / f"{claims.HALF_CHEETAH}--plain-kl-penalty-0.3-5.json").unlink()
+    effects, missing = report.claim_effects(claim)["best β"]
+    assert set(effects) == {claims.LUNAR, "pooled"} and missing == 1
+    assert report.decision(claim)[0] == "best β: +2 % [+2 %, +2 %] (only LunarLander-v3)"
+
+
 def test_a_claim_about_mujoco_is_not_decided_without_it(made_up):
     claim = next(claim for claim in claims.CLAIMS if claim.name == "normalisation")
     (made_up / "claims" / f"{claims.HALF_CHEETAH}--no-norm-obs-5.json").unlink()
