@@ -27,6 +27,7 @@ import drawing
 import numpy as np
 from claim_figures import CLIPS, FIGURES, STEPS, complete, mean_kl
 from claims import (
+    BASE_SEEDS,
     CLAIMS,
     DECIDING,
     FINDINGS,
@@ -38,6 +39,7 @@ from claims import (
     TWO,
     bootstrap,
     outcome,
+    same_seeds,
     seeds_of,
     verdict,
 )
@@ -478,10 +480,10 @@ def below():
     return [f"Of {len(tasks)} tasks, the best published PPO is ahead on {', '.join(both + one)}."]
 
 
-def claim_effects(claim):
+def claim_effects(claim, estimate=bootstrap):
     """{label of a comparison: (effects, number of missing runs)}, on tasks that have all runs.
 
-    Effects are those of `claims.bootstrap`: {task or "pooled": (effect, low, high)}.
+    Effects are what `estimate` returns: {task or "pooled": (effect, low, high)}.
     """
     found, tasks_of = summaries("claims"), {}
     needed = lambda name: seeds_of(claim, name.split("--")[1])
@@ -501,7 +503,7 @@ def claim_effects(claim):
             scores = arm_scores.get(names[0], [])
             return np.mean(scores) if len(scores) >= needed(names[0]) else np.inf
 
-        tasks_of["best β"] = {
+        tasks_of["best KL penalty"] = {
             task: max([tasks[task] for tasks in tasks_of.values()], key=score_of) for task in TWO
         }
     effects = {}
@@ -517,8 +519,12 @@ def claim_effects(claim):
                 for name in {name for names in tasks.values() for name in names}
             )
             rng = np.random.default_rng(0)
-            effects[label] = bootstrap(scores, random_returns, rng), missing
+            effects[label] = estimate(scores, random_returns, rng), missing
     return effects
+
+
+def each_task(effects):
+    return "; ".join(f"{t}: {percent(*e)}" for t, e in effects.items() if t != "pooled")
 
 
 def percent(effect, low, high):
@@ -597,14 +603,42 @@ def in_words(claim, word):
 
 
 def only_on(measured, missing):
-    """Names the tasks that have all their runs if others lack some."""
-    return f" (only {', '.join(sorted(measured))})" if missing else ""
+    """Names the tasks if they are not the usual two, or not yet all that the claim asks for."""
+    names = ", ".join(sorted(measured))
+    if missing:
+        return f" (only {names})"
+    return "" if measured == set(TWO) else f" ({names})"
+
+
+def same_seeds_lines():
+    """What changes if only the same seeds are compared, which RULE does not."""
+    base = summaries("claims").get(f"{HALF_CHEETAH}--base", {})
+    scores = np.array([base[seed]["score"] for seed in sorted(base)])
+    if len(scores) < BASE_SEEDS:
+        return []
+    first, others = number(scores[:5].mean(), 0), number(scores[5:].mean(), 0)
+    lines = [
+        f"On {HALF_CHEETAH} the default agent reaches {first} with seeds 1 to 5, {others} with"
+    ]
+    lines[0] += f" seeds 6 to {BASE_SEEDS}."
+    differing = []
+    for claim in CLAIMS:
+        paired = claim_effects(claim, same_seeds)
+        for label, (effects, missing) in claim_effects(claim).items():
+            words = [verdict(effects), verdict(paired[label][0])]
+            if not missing and words[0].split(" (")[0] != words[1].split(" (")[0]:
+                differing.append(f"{claim.number}. {label}: {words[1]} instead of {words[0]}")
+    if differing:
+        lines[0] += " With the same seeds only, these verdicts would be others:"
+        lines += [f"- {text}" for text in differing]
+    return [*lines, ""]
 
 
 def claims():
     """For each claim: who says so, the effects measured here and the verdict of RULE."""
     lines = ["The comparisons that decide the claims, as far as there is data:"]
     lines += ["![Effects and their intervals](results/claims.svg)", ""]
+    lines += same_seeds_lines()
     if not any(map(claim_effects, CLAIMS)):
         lines = []
     for claim in CLAIMS:
@@ -617,11 +651,14 @@ def claims():
         if not effects:
             lines += ["No task has all its runs yet.", ""]
             continue
-        lines += ["| comparison | each task | all tasks | verdict |", "|---|---|---|---|"]
+        paired = claim_effects(claim, same_seeds)
+        lines += ["| comparison | each task | same seeds | all tasks | verdict |"]
+        lines += ["|---|---|---|---|---|"]
         for label, (of_tasks, missing) in effects.items():
-            each = "; ".join(f"{t}: {percent(*e)}" for t, e in of_tasks.items() if t != "pooled")
             word = f"unfinished, missing runs: {missing}" if missing > 0 else verdict(of_tasks)
-            lines.append(f"| {label} | {each} | **{percent(*of_tasks['pooled'])}** | {word} |")
+            cells = [label, each_task(of_tasks), each_task(paired[label][0])]
+            cells += [f"**{percent(*of_tasks['pooled'])}**", word]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
         if claim.name in FIGURES and (figure := FIGURES[claim.name](summaries("claims"))):
             drawing.close(figure)

@@ -132,6 +132,16 @@ def test_effects_and_verdicts():
     assert claims.verdict(small) == "does not matter"  # 2 %, whatever the interval
 
 
+def test_the_same_seeds_are_compared_one_by_one():
+    """Good seeds and bad ones: with each the change costs a tenth of what is learned."""
+    rng = np.random.default_rng(0)
+    base = np.array([160.0] * 5 + [93.0 + 1 / 3] * 15)
+    scores = {"a": (base[:5] - 10, base, base)}
+    effect, low, high = claims.same_seeds(scores, {"a": 10.0}, rng)["a"]
+    assert effect == pytest.approx(-0.1) and low == pytest.approx(-0.1) == high
+    assert claims.bootstrap(scores, {"a": 10.0}, rng)["a"][0] == pytest.approx(0.4)
+
+
 def test_the_table_of_a_claim(tmp_path, monkeypatch):
     """Made-up scores: without normalised advantages half of what was learned is lost."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -160,6 +170,11 @@ def test_the_table_of_a_claim(tmp_path, monkeypatch):
         write(task, "no-norm-adv", 60.0, 10)
     row = next(line for line in report.claims() if line.startswith("| advantages not"))
     assert row.endswith("**−50 % [−50 %, −50 %]** | matters |")
+    write(claims.HALF_CHEETAH, "base", 60.0, 10)  # these seeds are bad ones for both
+    row = next(line for line in report.claims() if line.startswith("| advantages not"))
+    assert "HalfCheetah-v5: 0 % [0 %, 0 %]; LunarLander-v3: −50 % [−50 %" in row.split(" | ")[2]
+    text = "\n".join(report.claims())
+    assert "reaches 60 with seeds 1 to 5, 93 with seeds 6 to 20." in text
 
 
 ODD = {  # arm: score, where it is not 110; the random policy has 10
@@ -205,7 +220,7 @@ def test_every_claim_is_decided_and_drawn(made_up):
     assert {name for name, (_, word) in decided.items() if word == "holds"} == HOLD
     assert {word for _, word in decided.values()} == {"holds", "does not hold"}
     assert decided["norm-adv"][0] == "advantages not normalised: −50 % [−50 %, −50 %]"
-    assert decided["kl-penalty"][0] == "best β: +2 % [+2 %, +2 %]"
+    assert decided["kl-penalty"][0] == "best KL penalty: +2 % [+2 %, +2 %]"
     assert decided["clip-kl"][0] == "1.20 to 1.20 times ½ε²"
     assert decided["normalisation"][0].startswith("observations not normalised: −90 %")
     report.claims_figure()
@@ -236,9 +251,9 @@ def test_the_best_penalty_of_a_task_waits_for_all_its_penalties(made_up):
     """β = 0.3 is not the best one here, but could be as long as a run is missing."""
     claim = next(claim for claim in claims.CLAIMS if claim.name == "kl-penalty")
     (made_up / "claims" / f"{claims.HALF_CHEETAH}--plain-kl-penalty-0.3-5.json").unlink()
-    effects, missing = report.claim_effects(claim)["best β"]
+    effects, missing = report.claim_effects(claim)["best KL penalty"]
     assert set(effects) == {claims.LUNAR, "pooled"} and missing == 1
-    assert report.decision(claim)[0] == "best β: +2 % [+2 %, +2 %] (only LunarLander-v3)"
+    assert report.decision(claim)[0] == "best KL penalty: +2 % [+2 %, +2 %] (only LunarLander-v3)"
 
 
 def test_a_claim_about_mujoco_is_not_decided_without_it(made_up):
