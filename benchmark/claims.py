@@ -267,8 +267,9 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
     ),
     "epochs": (
         "holds",
-        "On LunarLander one epoch reaches less than half of what ten reach, and each step up to "
-        "ten helps. Whether 20 are better than ten, five seeds do not show.",
+        "On both tasks one epoch reaches less than half of what ten reach, and each step up to "
+        "ten helps. On HalfCheetah 20 are better still; whether they are on LunarLander, five "
+        "seeds do not show.",
     ),
     "overfit": (
         "holds",
