@@ -587,7 +587,11 @@ def decision(claim):
         if None in others:
             return None
         more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
-    parts = [f"{label}: {percent(*effects[label]['pooled'])}" for label in labels]
+    parts = []
+    for label in labels:
+        differs = verdict(effects[label]) == "depends on the task"  # then their mean says nothing
+        effect = each_task(effects[label]) if differs else percent(*effects[label]["pooled"])
+        parts.append(f"{label}: {effect}")
     measured = [effects[label].keys() - {"pooled"} for label in labels]
     if "MuJoCo" in claim.text and not all(tasks & set(MUJOCO) for tasks in measured):
         return None

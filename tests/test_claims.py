@@ -275,6 +275,20 @@ def test_a_claim_with_a_further_condition(made_up):
         assert report.decision(of_name[name])[1] == "does not hold"
 
 
+def test_effects_with_opposite_signs_are_shown_and_not_their_mean(made_up):
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "norm-adv")
+    for seed in range(1, 11):  # elsewhere it loses half
+        summary = json.dumps({"score": 150, "mean_return": 150})
+        path = made_up / "claims" / f"{claims.HALF_CHEETAH}--no-norm-adv-{seed}.json"
+        path.write_text(summary)
+    figures, word = report.decision(claim)
+    assert figures == (
+        "advantages not normalised: HalfCheetah-v5: +40 % [+40 %, +40 %]; "
+        "LunarLander-v3: −50 % [−50 %, −50 %]"
+    )
+    assert word == "depends on the task"
+
+
 def test_every_verdict_is_put_in_words_that_agree_with_it():
     for claim in claims.CLAIMS:
         if decided := report.decision(claim):
