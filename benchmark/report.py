@@ -627,13 +627,15 @@ def same_seeds_lines():
     lines[0] += f" seeds 6 to {BASE_SEEDS}."
     differing = []
     for claim in CLAIMS:
-        paired = claim_effects(claim, same_seeds)
+        paired, deciding = claim_effects(claim, same_seeds), DECIDING.get(claim.name)
         for label, (effects, missing) in claim_effects(claim).items():
+            if deciding is None or label not in deciding[2]:
+                continue
             words = [verdict(effects), verdict(paired[label][0])]
             if not missing and words[0].split(" (")[0] != words[1].split(" (")[0]:
                 differing.append(f"{claim.number}. {label}: {words[1]} instead of {words[0]}")
     if differing:
-        lines[0] += " With the same seeds only, these verdicts would be others:"
+        lines[0] += " With the same seeds only, these verdicts would differ:"
         lines += [f"- {text}" for text in differing]
     return [*lines, ""]
 
