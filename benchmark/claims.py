@@ -336,6 +336,11 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "On LunarLander, where episodes are long, they do no harm. Where episodes are short, ten "
         "seeds differ too much to tell.",
     ),
+    "hundred-epochs": (
+        "does not hold",
+        "On HalfCheetah 100 epochs lose about nine tenths of what ten learn. Clipfrac and KL grow "
+        "far beyond epoch 20: the clip does not stop the later epochs.",
+    ),
 }
 
 CLAIMS = [

@@ -8,7 +8,7 @@
 
 studies.py and claims.py list the studies. A run trains in --work and leaves its results in
 results/<study>/<label>-<seed>.*: headline studies keep flags, episodes and metrics, the others one
-.json of at most 10 kB: score, a curve of 200 points, 50 rows of metrics, and the flags that differ
+.json of at most 20 kB: score, a curve of 200 points, 50 rows of metrics, and the flags that differ
 from the defaults. Delete those files to make a run again. report.py makes tables and figures.
 """
 

@@ -110,7 +110,7 @@ class Run:
     env_id: str
     flags: str = ""
     edits: tuple = ()
-    keeps_episodes: bool = False  # else only a summary of at most 10 kB
+    keeps_episodes: bool = False  # else only a summary of at most 20 kB
 
     @property
     def name(self):
