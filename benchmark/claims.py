@@ -289,10 +289,10 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
     ),
     "entropy": (
         "not settled",
-        "On LunarLander the policy keeps exploring without a bonus, and 0.01 hardly changes its "
-        "entropy or its return. On HalfCheetah five seeds differ too much to tell. A bonus of "
-        "0.05 keeps the policy so random that it loses a quarter of what it learns on LunarLander "
-        "and about three quarters on HalfCheetah.",
+        "On LunarLander the policy keeps exploring without a bonus; 0.01 raises its entropy by "
+        "about a tenth and does not change the return. On HalfCheetah five seeds cannot tell by "
+        "the rule, but each is worse than the same seed without a bonus. With 0.05 LunarLander "
+        "loses a quarter of what it learns, HalfCheetah about three quarters.",
     ),
     "lambda": (
         "holds",

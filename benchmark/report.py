@@ -621,10 +621,8 @@ def same_seeds_lines():
     if len(scores) < BASE_SEEDS:
         return []
     first, others = number(scores[:5].mean(), 0), number(scores[5:].mean(), 0)
-    lines = [
-        f"On {HALF_CHEETAH} the default agent reaches {first} with seeds 1 to 5, {others} with"
-    ]
-    lines[0] += f" seeds 6 to {BASE_SEEDS}."
+    text = f"On {HALF_CHEETAH} the default agent reaches {first} with seeds 1 to 5, "
+    text += f"{others} with seeds 6 to {BASE_SEEDS}."
     differing = []
     for claim in CLAIMS:
         paired, deciding = claim_effects(claim, same_seeds), DECIDING.get(claim.name)
@@ -633,11 +631,10 @@ def same_seeds_lines():
                 continue
             words = [verdict(effects), verdict(paired[label][0])]
             if not missing and words[0].split(" (")[0] != words[1].split(" (")[0]:
-                differing.append(f"{claim.number}. {label}: {words[1]} instead of {words[0]}")
+                differing.append(f"- {claim.number}. {label}: {words[1]} instead of {words[0]}")
     if differing:
-        lines[0] += " With the same seeds only, these verdicts would differ:"
-        lines += [f"- {text}" for text in differing]
-    return [*lines, ""]
+        text += " With the same seeds only, these verdicts would differ:"
+    return [text, *differing, ""]
 
 
 def claims():
