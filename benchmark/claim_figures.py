@@ -161,3 +161,9 @@ FIGURES = {
     "ladder": lambda found: over_settings(found, MUJOCO, STEPS, score, "return", "", 7.5),
     "kl-penalty": lambda found: over_settings(found, TWO, PENALTIES, score, "return", "", 4),
 }
+CAPTIONS = dict.fromkeys(FIGURES, "Grey: each seed. Blue: their mean.") | {
+    "hundred-epochs": "Means over the seeds in epochs 1, 2, 5, … 100 of an update, in the first, "
+    "second and last third of the training.",
+    "clip-kl": "Blue: the measured KL. Grey: ½ε².",
+    "entropy": "Mean over the seeds.",
+}

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import drawing
 import numpy as np
-from claim_figures import CLIPS, FIGURES, STEPS, complete, mean_kl
+from claim_figures import CAPTIONS, CLIPS, FIGURES, STEPS, complete, mean_kl
 from claims import (
     BASE_SEEDS,
     CLAIMS,
@@ -591,7 +591,7 @@ def decision(claim):
     for label in labels:
         differs = verdict(effects[label]) == "depends on the task"  # then their mean says nothing
         effect = each_task(effects[label]) if differs else percent(*effects[label]["pooled"])
-        parts.append(f"{label}: {effect}")
+        parts.append(f"{label}: {effect}{rests_on(effects[label])}")
     measured = [effects[label].keys() - {"pooled"} for label in labels]
     if "MuJoCo" in claim.text and not all(tasks & set(MUJOCO) for tasks in measured):
         return None
@@ -614,6 +614,15 @@ def only_on(measured, missing):
     return "" if measured == set(TWO) else f" ({names})"
 
 
+def rests_on(effects):
+    """Names the tasks that a verdict of "matters" comes from, if they are not all."""
+    tasks = effects.keys() - {"pooled"}
+    clear = [task for task in tasks if effects[task][1] > 0 or effects[task][2] < 0]
+    if verdict(effects) != "matters" or len(clear) in (0, len(tasks)):
+        return ""
+    return f", shown on {', '.join(sorted(clear))} only"
+
+
 def same_seeds_lines():
     """What changes if only the same seeds are compared, which RULE does not."""
     base = summaries("claims").get(f"{HALF_CHEETAH}--base", {})
@@ -633,7 +642,8 @@ def same_seeds_lines():
             if not missing and words[0].split(" (")[0] != words[1].split(" (")[0]:
                 differing.append(f"- {claim.number}. {label}: {words[1]} instead of {words[0]}")
     if differing:
-        text += " With the same seeds only, these verdicts would differ:"
+        text += " Of the comparisons that decide a claim, these would get another verdict from "
+        text += "the same seeds alone:"
     return [text, *differing, ""]
 
 
@@ -665,7 +675,8 @@ def claims():
         lines.append("")
         if claim.name in FIGURES and (figure := FIGURES[claim.name](summaries("claims"))):
             drawing.close(figure)
-            lines += [f"![{claim.text}](results/claim-{claim.name}.svg)", ""]
+            lines += [f"![Claim {claim.number}](results/claim-{claim.name}.svg)"]
+            lines += [CAPTIONS[claim.name], ""]
         if decided := decision(claim):
             figures, word = decided
             lines += [f"**{word.capitalize()}**: {figures}. {in_words(claim, word)}".strip(), ""]

@@ -140,6 +140,10 @@ def test_the_same_seeds_are_compared_one_by_one():
     effect, low, high = claims.same_seeds(scores, {"a": 10.0}, rng)["a"]
     assert effect == pytest.approx(-0.1) and low == pytest.approx(-0.1) == high
     assert claims.bootstrap(scores, {"a": 10.0}, rng)["a"][0] == pytest.approx(27.5 / 62.5)
+    lost = np.where(np.arange(20) % 2, 10.0, 15.0)  # nearly all is lost: the scale is drawn too
+    base = np.where(np.arange(20) % 2, 110.0, 60.0)
+    effect, low, high = claims.same_seeds({"a": (lost, base, base)}, {"a": 10.0}, rng)["a"]
+    assert effect == pytest.approx(-72.5 / 75) and -1 <= low < effect < high <= -0.9
 
 
 def test_the_table_of_a_claim(tmp_path, monkeypatch):
