@@ -146,6 +146,13 @@ def test_the_same_seeds_are_compared_one_by_one():
     assert effect == pytest.approx(-72.5 / 75) and -1 <= low < effect < high <= -0.9
 
 
+def test_a_verdict_names_the_tasks_that_it_rests_on():
+    clear, open_, pooled = (-0.5, -0.6, -0.4), (0.0, -0.1, 0.1), (-0.25, -0.3, -0.2)
+    assert report.rests_on({"a": clear, "b": open_, "pooled": pooled}) == ", shown on a only"
+    assert report.rests_on({"a": clear, "b": clear, "pooled": clear}) == ""
+    assert report.rests_on({"a": clear, "b": open_, "pooled": open_}) == ""  # does not matter
+
+
 def test_the_table_of_a_claim(tmp_path, monkeypatch):
     """Made-up scores: without normalised advantages half of what was learned is lost."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
