@@ -36,7 +36,7 @@ LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
 class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "CartPole-v1"  # environment with discrete actions, or my_module:MyEnv-v0
     vectorization_mode: Literal["sync", "async"] | None = None  # None: built-in, else sync
-    total_timesteps: int = 500_000  # steps of all environments, resets too, in whole rollouts
+    total_timesteps: int = 500_000  # with resets; rounded down to whole rollouts
     num_envs: int = 4  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -140,7 +140,7 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape) by Chan's formula: splits do not change the result."""
+        """Merges rows (B, *shape) by Chan's formula; their split does not matter."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
         share = len(rows) / (self.count + len(rows))  # the new rows' share of all
         delta = mean - self.mean
@@ -475,7 +475,7 @@ def load_run(run_dir):
 
 
 def load_agent(run_dir):
-    """The trained agent of a run, on the CPU: agent.act(agent.normalize(obs))"""
+    """The trained agent of a run, on the CPU: agent.act(agent.normalize(obs)), obs a tensor"""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs)

@@ -46,7 +46,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 @dataclass
 class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "ALE/Breakout-v5"  # game; also as Breakout, BreakoutNoFrameskip-v4
-    total_timesteps: int = 10_000_000  # steps of all environments, resets too, in whole rollouts
+    total_timesteps: int = 10_000_000  # with resets; rounded down to whole rollouts
     num_envs: int = 8  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -375,7 +375,7 @@ def train(args):
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0] = obs[T]  # continue where the last rollout ended
         # autocast drops its bfloat16 copies of the weights when its outermost block ends. This
-        # block, itself off, lasts a rollout, so features makes them just once.
+        # block, which casts nothing, spans the rollout, so features makes them just once.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t].movedim(-1, 1))
@@ -529,7 +529,7 @@ def load_run(run_dir):
 
 
 def load_agent(run_dir):
-    """The trained agent of a run, on the CPU: agent.act(agent.features(obs))"""
+    """The trained agent of a run, on the CPU: agent.act(agent.features(obs)), obs a tensor"""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)
     bf16 = supports_bf16(torch.device("cpu")) if args.bf16 == "auto" else args.bf16 == "on"

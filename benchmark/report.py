@@ -409,7 +409,7 @@ def tuned():
 
 def double_pendulum():
     """What each candidate does to InvertedDoublePendulum, on seeds 1 to 5."""
-    head = ["candidate", "flags", "score", "highest part of the curve"]
+    head = ["candidate", "flags", "score", "peak of the curve"]
     head += ["last 100 episodes under 30 steps", "σ at the end"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, (flags, found) in candidates_of(DOUBLE_PENDULUM_TASK).items():
