@@ -250,63 +250,106 @@ SOURCES = {  # claim: what others found; benchmark/README.md has the addresses
 FINDINGS = {  # claim: the verdict that these words describe, and the words
     "clip": (
         "depends on the task",
-        "On HalfCheetah the details are worth more than the clip: leaving them out costs 58 to 72 % of what is learned, leaving out the clip 24 to 62 %. On LunarLander it is the other way round: leaving out the details costs at most a seventh, leaving out the clip a fifth to two fifths. With a KL limit, five seeds show no harm from leaving out the clip on LunarLander, but great harm on HalfCheetah. Plain policy gradient was not run.",
+        "On HalfCheetah the details are worth more than the clip: leaving them out costs 58 to 72 "
+        "% of what is learned, leaving out the clip 24 to 62 %. On LunarLander it is the other "
+        "way round: leaving out the details costs at most a seventh, leaving out the clip a fifth "
+        "to two fifths. With a KL limit, five seeds show no harm from leaving out the clip on "
+        "LunarLander, but great harm on HalfCheetah. Plain policy gradient was not run.",
     ),
     "value-clip": (
         "not settled",
-        "On LunarLander the value clip changes at most 2 %. On HalfCheetah ten seeds differ too much to tell.",
+        "On LunarLander the value clip changes at most 2 %. On HalfCheetah ten seeds differ too "
+        "much to tell.",
     ),
     "norm-adv": (
         "not settled",
-        "On LunarLander 5 to 20 % is lost: four of ten runs learn to hover instead of landing; none of the 20 runs with normalised advantages does. All four are among seeds 6 to 10. On HalfCheetah ten seeds cannot tell.",
+        "On LunarLander 5 to 20 % is lost: four of ten runs learn to hover instead of landing; "
+        "none of the 20 runs with normalised advantages does. All four are among seeds 6 to 10. "
+        "On HalfCheetah ten seeds cannot tell.",
     ),
     "epochs": (
         "holds",
-        "On both tasks one epoch reaches less than half of what ten reach, and the mean rises with each step up to ten. On HalfCheetah 20 are better still; on LunarLander they change at most 4 %.",
+        "On both tasks one epoch reaches less than half of what ten reach, and the mean rises "
+        "with each step up to ten. On HalfCheetah 20 are better still; on LunarLander they change "
+        "at most 4 %.",
     ),
     "overfit": (
         "holds",
-        "On HalfCheetah 20 epochs without the clip lose most of what they learn with it, and a KL limit in its place does not prevent that. Losses can exceed 100 %, as they are measured against what ten epochs learn, and 20 epochs with the clip learn more. On LunarLander about a quarter to a half is lost, and a KL limit prevents most of it. Whether the cause is over-fitting was not measured.",
+        "On HalfCheetah 20 epochs without the clip lose most of what they learn with it, and a KL "
+        "limit in its place does not prevent that. Losses can exceed 100 %, as they are measured "
+        "against what ten epochs learn, and 20 epochs with the clip learn more. On LunarLander "
+        "about a quarter to a half is lost, and a KL limit prevents most of it. Whether the cause "
+        "is over-fitting was not measured.",
     ),
     "clip-kl": (
         "does not hold",
-        "On both tasks the mean KL grows with ε, but more slowly than ε². It stays below ½ε²: at 0.42 to 0.80 times it on HalfCheetah, at less than half on LunarLander. This is the mean over all minibatches of a run whose learning rate falls to 0; at the end of an update it is larger. On HalfCheetah an ε of 0.1 costs a tenth or more of what is learned, 0.05 half or more. On LunarLander the final return hardly depends on ε.",
+        "On both tasks the mean KL grows with ε, but more slowly than ε². It stays below ½ε²: at "
+        "0.42 to 0.80 times it on HalfCheetah, at less than half on LunarLander. This is the mean "
+        "over all minibatches of a run whose learning rate falls to 0; at the end of an update it "
+        "is larger. On HalfCheetah an ε of 0.1 costs a tenth or more of what is learned, 0.05 "
+        "half or more. On LunarLander the final return hardly depends on ε.",
     ),
     "entropy": (
         "not settled",
-        "On LunarLander the policy keeps exploring without a bonus; 0.01 raises its entropy by less than a tenth and changes the return by at most 3 %. On HalfCheetah the rule"s interval includes 0, yet nine of ten runs are worse than the run without a bonus on the same seed. With 0.05 LunarLander loses a quarter of what it learns, HalfCheetah about three quarters.",
+        "On LunarLander the policy keeps exploring without a bonus; 0.01 raises its entropy by "
+        "about a tenth and changes the return by at most 3 %. On HalfCheetah the interval "
+        "includes 0, yet nine of ten runs are worse than the run without a bonus on the same "
+        "seed. With 0.05 LunarLander loses a quarter of what it learns, HalfCheetah about three "
+        "quarters.",
     ),
     "lambda": (
         "holds",
-        "λ = 0 loses two fifths or more of what is learned on both tasks, λ = 1 a fifth to a half on HalfCheetah and up to a fifth on LunarLander. On LunarLander 0.5 and 0.9 are worse than 0.95 too, and 0.99 is level. On HalfCheetah 0.99 is worse; five seeds cannot tell whether 0.5 and 0.9 are better or worse. That 0.9 is better there is not ruled out. Bias and variance were not measured.",
+        "λ = 0 loses two fifths or more of what is learned on both tasks, λ = 1 a fifth to a half "
+        "on HalfCheetah and up to a fifth on LunarLander. On LunarLander 0.5 and 0.9 are worse "
+        "than 0.95 too, and 0.99 is level. On HalfCheetah 0.99 is worse; five seeds cannot tell "
+        "whether 0.5 and 0.9 are better or worse. That 0.9 is better there is not ruled out. Bias "
+        "and variance were not measured.",
     ),
     "kl-penalty": (
         "not settled",
-        "On LunarLander the weakest penalty tried, β = 0.3, ends as well as the clip; stronger ones do worse than the clip. On HalfCheetah five seeds cannot tell. The best β of a task is chosen on the seeds that it is judged by, which favours it.",
+        "On LunarLander the weakest penalty tried, β = 0.3, ends as well as the clip; stronger "
+        "ones do worse than the clip. On HalfCheetah five seeds cannot tell. The best β of a task "
+        "is chosen on the seeds that it is judged by, which favours it.",
     ),
     "time-limit": (
         "holds",
-        "A time limit ends every episode of both tasks. On Pendulum (200 steps) half to four fifths of what is learned is lost. On HalfCheetah (1,000 steps) five seeds cannot tell, so the verdict rests on Pendulum.",
+        "A time limit ends every episode of both tasks. On Pendulum (200 steps) half to four "
+        "fifths of what is learned is lost. On HalfCheetah (1,000 steps) five seeds cannot tell, "
+        "so the verdict rests on Pendulum.",
     ),
     "recompute": (
         "not settled",
-        "On HalfCheetah ten seeds cannot tell: without recomputing, both a loss of a quarter and a gain of a fifth are possible.",
+        "On HalfCheetah ten seeds cannot tell: without recomputing, both a loss of a quarter and "
+        "a gain of a fifth are possible.",
     ),
     "normalisation": (
         "holds",
-        "Without normalised observations HalfCheetah loses 57 to 68 % of what is learned, LunarLander 1 to 5 %. Without scaled rewards LunarLander loses an eighth to a fifth; on HalfCheetah, the only MuJoCo task, ten seeds cannot tell. So for rewards the verdict rests on LunarLander.",
+        "Without normalised observations HalfCheetah loses 57 to 68 % of what is learned, "
+        "LunarLander 1 to 5 %. Without scaled rewards LunarLander loses an eighth to a fifth; on "
+        "HalfCheetah, the only MuJoCo task, ten seeds cannot tell. So for rewards the verdict "
+        "rests on LunarLander.",
     ),
     "start": (
         "not settled",
-        "A log σ of 0 instead of −0.5 costs HalfCheetah two fifths or more of what is learned. A gain of 1 instead of 0.01 may cost up to a fifth; its interval barely excludes 0, and other bootstrap draws could include it. The claim stays open because of annealing: ten seeds of HalfCheetah cannot tell.",
+        "A log σ of 0 instead of −0.5 costs HalfCheetah two fifths or more of what is learned. A "
+        "gain of 1 instead of 0.01 may cost up to a fifth; its interval barely excludes 0, and "
+        "other bootstrap draws could include it. The claim stays open because of annealing: ten "
+        "seeds of HalfCheetah cannot tell.",
     ),
     "reset-rows": (
         "not settled",
-        "On LunarLander they do no harm. On CartPole, Blackjack and FrozenLake ten seeds differ too much to tell.",
+        "On LunarLander they do no harm. On CartPole, Blackjack and FrozenLake ten seeds differ "
+        "too much to tell.",
     ),
     "hundred-epochs": (
         "does not hold",
-        "With 100 epochs an agent learns about a tenth of what it learns with ten: every run ends below every run with one epoch. 20 epochs do better than ten (claim 4). The clip does not stop the later epochs: from epoch 20 to 100 of an update clipfrac rises from 0.47 to 0.66, and the KL doubles. The critic fails as well: its explained variance is below 0 for most of the training, against a median of 0.7 to 0.9 with ten or 20 epochs. The clip does not limit it, and before each epoch the advantages are recomputed with it. What of this costs the return was not measured.",
+        "With 100 epochs an agent learns about a tenth of what it learns with ten: every run ends "
+        "below every run with one epoch. 20 epochs do better than ten (claim 4). The clip does "
+        "not stop the later epochs: from epoch 20 to 100 of an update clipfrac rises from 0.47 to "
+        "0.66, and the KL doubles. The critic fails as well: its explained variance is below 0 "
+        "for most of the training, against a median of 0.7 to 0.9 with ten or 20 epochs. The clip "
+        "does not limit it, and before each epoch the advantages are recomputed with it. What of "
+        "this costs the return was not measured.",
     ),
 }
 
