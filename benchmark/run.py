@@ -59,9 +59,9 @@ def is_done(run):
 
 
 def expected_seconds(run):
-    steps = re.search(r"--total-timesteps (\d+)", run.flags)
+    steps = re.findall(r"--total-timesteps (\d+)", run.flags)  # the last one counts
     default = 10_000_000 if run.script == "ppo_atari.py" else 1_000_000
-    return int(steps[1] if steps else default) / SPEEDS.get(run.script, 7000)
+    return int(steps[-1] if steps else default) / SPEEDS.get(run.script, 7000)
 
 
 def edited_script(run, folder):
