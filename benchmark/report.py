@@ -311,7 +311,7 @@ def speed(script):
             alike = name != peer and "num-envs" not in name and "own defaults" not in name
             cells.append(ratio if alike else "")
         lines.append("| " + " | ".join(cells) + " |")
-    threads = "all cores each" if script == "ppo_atari" else "one thread each"
+    threads = "all cores each" if "atari" in script else "one thread each"
     rounds = f"{len(data['rounds'])} rounds of all programs in turn"
     return [*lines, "", f"{data['machine']}; {rounds}, {threads}."]
 
@@ -872,18 +872,23 @@ def rlhf_figure():
 
 
 def speed_line():
-    """The headline of the speed tables in one sentence."""
-    ratios = []
-    for script in ("ppo", "ppo_continuous", "ppo_atari"):
-        rounds = json.loads((RESULTS / f"speed_{script}.json").read_text())["rounds"]
-        name = f"{script}.py" + " --compile" * (script != "ppo_atari")
-        ratio = np.median([turn[name] / turn["stable-baselines3"] for turn in rounds])
-        ratios.append(f"{ratio:.1f} times (`{name}`)")
-    plain = np.median(
-        [turn["ppo_atari.py --bf16 off"] / turn["stable-baselines3"] for turn in rounds]
-    )
-    ratios[-1] = ratios[-1].replace(")", f", in bfloat16; without it {plain:.1f} times)")
-    return [f"Steps per second against stable-baselines3: {', '.join(ratios)}."]
+    """The headline of the speed tables."""
+
+    def ratio(study, name):
+        rounds = json.loads((RESULTS / f"speed_{study}.json").read_text())["rounds"]
+        return f"{np.median([turn[name] / turn['stable-baselines3'] for turn in rounds]):.1f}"
+
+    on_xeon = ratio("ppo_atari", "ppo_atari.py"), ratio("ppo_atari", "ppo_atari.py --bf16 off")
+    on_epyc = [
+        ratio("ppo_atari_former", name) for name in ("ppo_atari.py", "ppo_atari.py --bf16 off")
+    ]
+    text = "Steps per second against stable-baselines3: "
+    text += f"{ratio('ppo', 'ppo.py --compile')} times (`ppo.py --compile`), "
+    text += f"{ratio('ppo_continuous', 'ppo_continuous.py --compile')} times "
+    text += "(`ppo_continuous.py --compile`, the former script), "
+    text += f"{on_xeon[0]} times (`ppo_atari.py` in bfloat16 on an Intel Xeon; without it "
+    text += f"{on_xeon[1]}; the former script on an AMD EPYC: {on_epyc[0]} and {on_epyc[1]})."
+    return [text]
 
 
 TABLES = {
@@ -909,6 +914,7 @@ TABLES = {
         "ppo-speed": lambda: speed("ppo"),
         "continuous-speed": lambda: speed("ppo_continuous"),
         "atari-speed": lambda: speed("ppo_atari"),
+        "atari-speed-former": lambda: speed("ppo_atari_former"),
         "rlhf": rlhf,
         "claims": claims,
     },
