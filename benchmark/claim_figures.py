@@ -22,7 +22,7 @@ LIMITS = {
     "20 epochs,\nKL limit": "plain-epochs-20-no-clip-kl-limit",
 }
 PENALTIES = {"clip": "plain"} | {f"β = {b}": f"plain-kl-penalty-{b}" for b in (0.3, 1, 3)}
-STEPS = {fill(name, 11): arm for name, arm in LADDER_STEPS.items()} | {
+STEPS = {fill(name, 12): arm for name, arm in LADDER_STEPS.items()} | {
     "KL limit:\ndefaults": "long"
 }
 

@@ -112,20 +112,16 @@ EPOCHS = ((RATE, RATE + EPOCH_COLUMNS),)
 PLAIN = "--target-kl None --no-clip-vloss"  # neither can make up for what is switched off
 NO_DETAILS = "--no-norm-obs --no-norm-reward --no-anneal-lr"
 LONG = "--total-timesteps 1000000"
-CLEANRL = (
-    f"{LONG} --num-envs 1 --num-steps 2048 --initial-log-std 0 --no-rescale-actions --clip-vloss "
-)
-CLEANRL += "--target-kl None --no-recompute-advantages"
-LADDER = {  # one change at a time, each on top of those before; then "long", today's defaults
-    "cleanrl": CLEANRL,
-    "cleanrl-1": f"{CLEANRL} --initial-log-std -0.5",
-    "cleanrl-2": f"{CLEANRL} --initial-log-std -0.5 --rescale-actions",
-    "cleanrl-3": f"{CLEANRL} --initial-log-std -0.5 --rescale-actions --no-clip-vloss",
-}
-LADDER["cleanrl-4"] = LADDER["cleanrl-3"] + " --recompute-advantages"
-LADDER["cleanrl-5"] = LADDER["cleanrl-4"] + " --num-envs 32 --num-steps 64"
-LADDER["cleanrl-6"] = LADDER["cleanrl-5"]  # with a critic of 256 units
-STEP_NAMES = ["CleanRL's flags", "log σ −0.5", "rescaled actions", "no value clip"]
+CLEANRL = f"{LONG} --num-envs 1 --num-steps 2048 --no-bootstrap-truncated --initial-log-std 0 "
+CLEANRL += "--clip-vloss --target-kl None --no-recompute-advantages"
+LADDER = {"ladder-0": CLEANRL}  # one change at a time, each on top of those before
+LADDER["ladder-1"] = LADDER["ladder-0"] + " --bootstrap-truncated"
+LADDER["ladder-2"] = LADDER["ladder-1"] + " --initial-log-std -0.5"
+LADDER["ladder-3"] = LADDER["ladder-2"] + " --no-clip-vloss"
+LADDER["ladder-4"] = LADDER["ladder-3"] + " --recompute-advantages"
+LADDER["ladder-5"] = LADDER["ladder-4"] + " --num-envs 32 --num-steps 64"
+LADDER["ladder-6"] = LADDER["ladder-5"]  # with a critic of 256 units; then "long", the defaults
+STEP_NAMES = ["CleanRL's flags", "time limits bootstrapped", "log σ −0.5", "no value clip"]
 STEP_NAMES += ["recomputed advantages", "32 × 64", "critic 256"]
 LADDER_STEPS = dict(zip(STEP_NAMES, LADDER))
 ARMS = {  # name: flags, replacements (of one script, or {script: replacements})
@@ -159,8 +155,7 @@ ARMS = {  # name: flags, replacements (of one script, or {script: replacements})
     "head-gain-1": ("", HEAD_GAIN),
     "no-anneal": ("--no-anneal-lr", ()),
     **{
-        name: (flags, () if name == "cleanrl-6" else NARROW_CRITIC)
-        for name, flags in LADDER.items()
+        name: (flags, () if name == "ladder-6" else NARROW_CRITIC) for name, flags in LADDER.items()
     },
     "long": (LONG, ()),
 }
