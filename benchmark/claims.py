@@ -344,8 +344,8 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "not stop the later epochs: from epoch 20 to 100 of an update clipfrac rises from 0.47 to "
         "0.66, and the KL doubles. The critic fails as well: its explained variance is below 0 "
         "for most of the training, against a median of 0.7 to 0.9 with ten or 20 epochs. The clip "
-        "does not limit it, and before each epoch the advantages are recomputed with it. What of "
-        "this costs the return was not measured.",
+        "does not limit it, and before each epoch the advantages are recomputed with it. Which of "
+        "these costs the return was not measured.",
     ),
 }
 
