@@ -36,7 +36,7 @@ LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
 class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "CartPole-v1"  # environment with discrete actions, or my_module:MyEnv-v0
     vectorization_mode: Literal["sync", "async"] | None = None  # None: built-in, else sync
-    total_timesteps: int = 500_000  # with resets; rounded down to whole rollouts
+    total_timesteps: int = 500_000  # of all environments, cut to whole rollouts
     num_envs: int = 4  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)

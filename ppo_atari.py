@@ -46,7 +46,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 @dataclass
 class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "ALE/Breakout-v5"  # game; also as Breakout, BreakoutNoFrameskip-v4
-    total_timesteps: int = 10_000_000  # with resets; rounded down to whole rollouts
+    total_timesteps: int = 10_000_000  # of all environments, cut to whole rollouts
     num_envs: int = 8  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
