@@ -878,16 +878,22 @@ def speed_line():
         rounds = json.loads((RESULTS / f"speed_{study}.json").read_text())["rounds"]
         return f"{np.median([turn[name] / turn['stable-baselines3'] for turn in rounds]):.1f}"
 
-    on_xeon = ratio("ppo_atari", "ppo_atari.py"), ratio("ppo_atari", "ppo_atari.py --bf16 off")
-    on_epyc = [
+    def cpu(study):
+        machine = json.loads((RESULTS / f"speed_{study}.json").read_text())["machine"]
+        return machine.split(",")[0].replace("(R)", "")
+
+    today = ratio("ppo_atari", "ppo_atari.py"), ratio("ppo_atari", "ppo_atari.py --bf16 off")
+    former = [
         ratio("ppo_atari_former", name) for name in ("ppo_atari.py", "ppo_atari.py --bf16 off")
     ]
     text = "Steps per second against stable-baselines3: "
     text += f"{ratio('ppo', 'ppo.py --compile')} times (`ppo.py --compile`), "
     text += f"{ratio('ppo_continuous', 'ppo_continuous.py --compile')} times "
     text += "(`ppo_continuous.py --compile`, the former script), "
-    text += f"{on_xeon[0]} times (`ppo_atari.py` in bfloat16 on an Intel Xeon; without it "
-    text += f"{on_xeon[1]}; the former script on an AMD EPYC: {on_epyc[0]} and {on_epyc[1]})."
+    text += f"{today[0]} times (`ppo_atari.py` in bfloat16, {cpu('ppo_atari')}; without it "
+    text += (
+        f"{today[1]}; the former script, {cpu('ppo_atari_former')}: {former[0]} and {former[1]})."
+    )
     return [text]
 
 
