@@ -347,6 +347,14 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "does not limit it, and before each epoch the advantages are recomputed with it. Which of "
         "these costs the return was not measured.",
     ),
+    "ladder": (
+        "largest step: log σ −0.5",
+        "With the flags of CleanRL, four of five runs end at 1,377 to 1,535, as the published "
+        "runs of CleanRL do; one reaches 3,929. Bootstrapping time limits alone leaves three of "
+        "five below 1,800. With a log σ of −0.5 as well, all five end above 3,500. The later "
+        "steps together bring the last fifth; five seeds cannot tell which of them. In another "
+        "order the shares could differ.",
+    ),
 }
 
 CLAIMS = [

@@ -569,11 +569,19 @@ def decision(claim):
         data = complete(summaries("claims"), ["HalfCheetah-v5"], STEPS.values())
         if not data:
             return None
-        means = [scores.mean() for scores in data["HalfCheetah-v5"].values()]
+        arms = list(data["HalfCheetah-v5"].values())
+        means = [scores.mean() for scores in arms]
         step = int(np.argmax(np.diff(means)))
         largest = list(STEPS)[step + 1].replace("\n", " ")
-        gain = number(means[step + 1] - means[step], 0)
-        return f"{number(means[0], 0)} → {number(means[-1], 0)}", f"most: {largest} (+{gain})"
+        rng = np.random.default_rng(0)
+        before, after = (rng.choice(arm, (10_000, len(arm))).mean(1) for arm in arms[step:][:2])
+        low, high = np.percentile(after - before, [2.5, 97.5])
+        gain, low, high = (
+            ("+" if x > 0 else "") + number(x, 0)
+            for x in (means[step + 1] - means[step], low, high)
+        )
+        steps = f"mean return {number(means[0], 0)} → {number(means[-1], 0)}"
+        return steps, f"largest step: {largest}, {gain} [{low}, {high}]"
     labels = DECIDING[claim.name][2]
     if not all(label in effects for label in labels):
         return None
