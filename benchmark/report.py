@@ -552,6 +552,39 @@ def clipfrac_stays():
     return abs(means[1] / means[0] - 1) <= 0.1
 
 
+def ladder():
+    """Claim 15: {step: mean return}, and {step: (change from the step before, low, high)}."""
+    data = complete(summaries("claims"), [HALF_CHEETAH], STEPS.values())
+    if not data:
+        return {}, {}
+    steps = [step.replace("\n", " ") for step in STEPS]
+    scores = list(data[HALF_CHEETAH].values())
+    rng = np.random.default_rng(0)
+    draws = [rng.choice(x, (10_000, len(x))).mean(1) for x in scores]
+    means = {step: x.mean() for step, x in zip(steps, scores)}
+    changes = {}
+    for i in range(1, len(steps)):
+        low, high = np.percentile(draws[i] - draws[i - 1], [2.5, 97.5])
+        changes[steps[i]] = (means[steps[i]] - means[steps[i - 1]], low, high)
+    return means, changes
+
+
+def signed(*change_low_high):
+    change, low, high = [("+" if x > 0 else "") + number(x, 0) for x in change_low_high]
+    return f"{change} [{low}, {high}]"
+
+
+def ladder_table():
+    means, changes = ladder()
+    lines = ["Each row adds one change to the row above it."]
+    lines += ["", "| agent | mean return | change from the row above [95 %] |", "|---|---|---|"]
+    for step, mean in means.items():
+        plus = "+ " if step in changes else ""
+        change = signed(*changes[step]) if step in changes else ""
+        lines.append(f"| {plus}{step} | {number(mean, 0)} | {change} |")
+    return lines if means else []
+
+
 def decision(claim):
     """What decides the claim, in figures, and the outcome; None without a task with all runs."""
     found = claim_effects(claim)
@@ -566,22 +599,14 @@ def decision(claim):
         where = only_on(measured, missing=len(TWO) - len(measured))
         return f"{low:.2f} to {high:.2f} times ½ε²{where}", "holds" if near else "does not hold"
     if claim.name == "ladder":
-        data = complete(summaries("claims"), ["HalfCheetah-v5"], STEPS.values())
-        if not data:
+        means, changes = ladder()
+        if not means:
             return None
-        arms = list(data["HalfCheetah-v5"].values())
-        means = [scores.mean() for scores in arms]
-        step = int(np.argmax(np.diff(means)))
-        largest = list(STEPS)[step + 1].replace("\n", " ")
-        rng = np.random.default_rng(0)
-        before, after = (rng.choice(arm, (10_000, len(arm))).mean(1) for arm in arms[step:][:2])
-        low, high = np.percentile(after - before, [2.5, 97.5])
-        gain, low, high = (
-            ("+" if x > 0 else "") + number(x, 0)
-            for x in (means[step + 1] - means[step], low, high)
-        )
-        steps = f"mean return {number(means[0], 0)} → {number(means[-1], 0)}"
-        return steps, f"largest step: {largest}, {gain} [{low}, {high}]"
+        first, last = number(list(means.values())[0], 0), number(list(means.values())[-1], 0)
+        figures = f"CleanRL's flags in our script → our defaults: mean return {first} → {last} "
+        largest = max(changes, key=changes.get)
+        text = f"largest measured step: {largest}, {signed(*changes[largest])}"
+        return f"{figures}({HALF_CHEETAH}, 1,000,000 steps)", text
     labels = DECIDING[claim.name][2]
     if not all(label in effects for label in labels):
         return None
@@ -655,6 +680,18 @@ def same_seeds_lines():
     return [text, *differing, ""]
 
 
+def effects_table(claim, effects):
+    paired = claim_effects(claim, same_seeds)
+    lines = ["| comparison | each task | same seeds | all tasks | verdict |"]
+    lines += ["|---|---|---|---|---|"]
+    for label, (of_tasks, missing) in effects.items():
+        word = f"unfinished, missing runs: {missing}" if missing > 0 else verdict(of_tasks)
+        cells = [label, each_task(of_tasks), each_task(paired[label][0])]
+        cells += [f"**{percent(*of_tasks['pooled'])}**", word]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def claims():
     """For each claim: who says so, the effects measured here and the verdict of RULE."""
     lines = ["The comparisons that decide the claims, as far as there is data:"]
@@ -672,14 +709,7 @@ def claims():
         if not effects:
             lines += ["No task has all its runs yet.", ""]
             continue
-        paired = claim_effects(claim, same_seeds)
-        lines += ["| comparison | each task | same seeds | all tasks | verdict |"]
-        lines += ["|---|---|---|---|---|"]
-        for label, (of_tasks, missing) in effects.items():
-            word = f"unfinished, missing runs: {missing}" if missing > 0 else verdict(of_tasks)
-            cells = [label, each_task(of_tasks), each_task(paired[label][0])]
-            cells += [f"**{percent(*of_tasks['pooled'])}**", word]
-            lines.append(f"| {' | '.join(cells)} |")
+        lines += ladder_table() if claim.name == "ladder" else effects_table(claim, effects)
         lines.append("")
         if claim.name in FIGURES and (figure := FIGURES[claim.name](summaries("claims"))):
             drawing.close(figure)
@@ -897,7 +927,7 @@ def speed_line():
     text = "Steps per second against stable-baselines3: "
     text += f"{ratio('ppo', 'ppo.py --compile')} times (`ppo.py --compile`), "
     text += f"{ratio('ppo_continuous', 'ppo_continuous.py --compile')} times "
-    text += "(`ppo_continuous.py --compile`, the former script), "
+    text += "(`ppo_continuous.py --compile`), "
     text += f"{today[0]} times (`ppo_atari.py` in bfloat16, {cpu('ppo_atari')}; without it "
     text += (
         f"{today[1]}; the former script, {cpu('ppo_atari_former')}: {former[0]} and {former[1]})."
