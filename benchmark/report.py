@@ -597,7 +597,10 @@ def decision(claim):
         near = low >= 0.5 and high <= 2
         measured = {task for task, _ in ratios}
         where = only_on(measured, missing=len(TWO) - len(measured))
-        return f"{low:.2f} to {high:.2f} times ½ε²{where}", "holds" if near else "does not hold"
+        return (
+            f"mean KL: {low:.2f} to {high:.2f} times ½ε²{where}",
+            "holds" if near else "does not hold",
+        )
     if claim.name == "ladder":
         means, changes = ladder()
         if not means:

@@ -234,7 +234,7 @@ def test_every_claim_is_decided_and_drawn(made_up):
     assert {word for _, word in decided.values()} == {"holds", "does not hold"}
     assert decided["norm-adv"][0] == "advantages not normalised: −50 % [−50 %, −50 %]"
     assert decided["kl-penalty"][0] == "best KL penalty: +2 % [+2 %, +2 %]"
-    assert decided["clip-kl"][0] == "1.20 to 1.20 times ½ε²"
+    assert decided["clip-kl"][0] == "mean KL: 1.20 to 1.20 times ½ε²"
     assert decided["normalisation"][0].startswith("observations not normalised: −90 %")
     report.claims_figure()
     report.claim_figures()
