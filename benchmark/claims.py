@@ -252,7 +252,7 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "way round: leaving out the details costs at most a seventh, leaving out the clip a fifth "
         "to two fifths. With a KL limit, five seeds show no harm from leaving out the clip on "
         "LunarLander, but great harm on HalfCheetah; that is not to be compared with the harm "
-        "without a KL limit, as its reference has only the seeds 1 to 5, which do well. Plain "
+        "without a KL limit, as its reference has only seeds 1 to 5, which mostly do well. Plain "
         "policy gradient was not run.",
     ),
     "value-clip": (

@@ -66,6 +66,8 @@ def start(tmp_path):
             env=clean | (variables or {}),
             text=True,
             start_new_session=True,
+            # A shell's background job ignores Ctrl-C, and its children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **pipes | streams,
         )
         started.append(program)
