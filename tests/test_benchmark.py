@@ -155,7 +155,8 @@ def test_evaluations_on_the_way_do_not_disturb_training(tmp_path):
 def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, monkeypatch):
     """Made-up runs: the score of seed s is 10 s for one candidate of Swimmer, else s."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.tuned() == ["The runs are not finished yet."]
+    missing = "Swimmer-v5, InvertedDoublePendulum-v5, Pendulum-v1, BipedalWalker-v3"
+    assert report.tuned() == [f"Runs are missing of {missing}."]
     monkeypatch.setitem(studies.TUNED_CHOSEN, "Swimmer-v5", "gamma-0.9999")
     runs = [*studies.tuned(), *studies.double_pendulum()]
     runs += [run for run in studies.selection() if run.label.endswith("critic-256-32x64")]
@@ -167,7 +168,7 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
         (tmp_path / run.study / f"{run.name}.json").write_text(json.dumps(made_up))
     rows = [row for row in report.tuned() if "Swimmer" in row]
     assert "| `default` |  | 3.0 ± 1.6 |  |  |" in rows[0]
-    assert "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 |" in rows[1]
+    assert "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 (rl-zoo3) |" in rows[1]
     assert "| 3.0 ± 1.6 |  |  |" in rows[2]
     (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
     assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 3 | 25 % | 1.000 |")
