@@ -121,17 +121,6 @@ def runs(study):
     return found
 
 
-def reported(study):
-    """The runs that tables show: of "continuous" seeds 6 to 10, as soon as a task has them all."""
-    found = runs(study)
-    if study == "continuous":
-        for label, seeds in found.items():
-            fresh = {seed: run for seed, run in seeds.items() if seed > 5}
-            former = {seed: run for seed, run in seeds.items() if seed <= 5}
-            found[label] = fresh if len(fresh) == 5 else former
-    return found
-
-
 def flags(run):
     return json.loads(run.with_name(f"{run.name}.args.json").read_text())
 
@@ -185,7 +174,7 @@ def ppo_scores():
     head += ["worst seed", "CleanRL", "baselines", "rl-zoo3"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for label, published in PUBLISHED.items():
-        seeds = reported("ppo").get(label)
+        seeds = runs("ppo").get(label)
         if not seeds:
             continue
         scores = np.array([last_100(run) for run in seeds.values()])
@@ -204,7 +193,7 @@ def continuous_scores():
     lines, losses = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
     above, tied, below = [], [], []
     for label, (cleanrl, tianshou, rl_zoo3) in PUBLISHED_CONTINUOUS.items():
-        found = reported("continuous").get(label, {})
+        found = runs("continuous").get(label, {})
         if len(found) < 2:
             continue
         seeds = found.values()
@@ -238,7 +227,7 @@ def continuous_scores():
 
 
 def continuous_sb3():
-    ours, theirs = reported("continuous"), runs("continuous-sb3")
+    ours, theirs = runs("continuous"), runs("continuous-sb3")
     programs = ["ppo_continuous.py", "stable-baselines3", "stable-baselines3, rl-zoo3's flags"]
     measures = ["last 100", "best evaluation"]
     heads = [f"{name}: {measure}" for name in programs for measure in measures]
@@ -450,7 +439,7 @@ def results(only=None):
     for study, label, task, published in rows:
         if only and task not in only:
             continue
-        seeds = reported(study)[label]
+        seeds = runs(study)[label]
         found = list(seeds.values())
         steps = column_of(found[0], "metrics", "global_step").max()
         scores = [last_100(run) for run in found]
@@ -496,7 +485,7 @@ def below():
     tasks += [("atari", f"{game}-10M", game) for game in PUBLISHED_ATARI]
     for study, label, task in tasks:
         published = mean_of(BEST_PUBLISHED[task])
-        scores = np.array([last_100(run) for run in reported(study)[label].values()])
+        scores = np.array([last_100(run) for run in runs(study)[label].values()])
         digits = 0 if abs(published) >= 500 else 1
         means = {"interquartile mean": iqm(scores), "mean": scores.mean()}
         short = [name for name, mean in means.items() if round(mean, digits) < published]
@@ -834,7 +823,7 @@ def overview():
         ("ppo_continuous.py", "continuous", "continuous", "HalfCheetah-v5", "HalfCheetah-v5"),
         ("ppo_atari.py", "Atari games", "atari", "Breakout-10M", "Breakout"),
     ):
-        found = list(reported(study)[label].values())
+        found = list(runs(study)[label].values())
         steps = f"{column_of(found[0], 'metrics', 'global_step').max() / 1e6:.1f}M"
         score = np.mean([last_100(run) for run in found])
         cells = [f"[`{script}`]({script})", actions, task, steps, minutes(found)]
@@ -854,7 +843,7 @@ def diagnostics():
         ("continuous", "HalfCheetah-v5"),
         ("atari", "Breakout-10M"),
     ):
-        found = reported(study)[label]
+        found = runs(study)[label]
         table = read(Path(f"{found[min(found)]}.metrics.csv.gz"))
         cells = [label.split("-")[0]]
         tenth = len(table) // 10
@@ -1115,7 +1104,7 @@ HEADLINE = [  # study, label, title
 
 def draw_curves(axis, study, label, title):
     """Thin: seeds; thick: interquartile mean; orange: the best published score."""
-    grid, curves = learning_curves(reported(study)[label])
+    grid, curves = learning_curves(runs(study)[label])
     axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.9, alpha=0.6)
     axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5, label="here")
     if BEST_PUBLISHED[title]:
