@@ -246,6 +246,17 @@ def test_every_claim_is_decided_and_drawn(made_up):
     assert len(report.does_it_matter()) == 2 + 16
 
 
+def test_the_interval_of_a_step_holds_the_seeds_of_both_its_rows(made_up):
+    """Five seeds, 10 apart: standard error of their mean √(200 / 5) = 6.3, times 1.96: 12."""
+    for seed, score in enumerate((90, 100, 110, 120, 130), 1):
+        path = made_up / "claims" / f"{claims.HALF_CHEETAH}--ladder-1-{seed}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"score": score}))
+    before, after, *others = report.ladder()[1].values()
+    assert before == pytest.approx((50, 38, 62), abs=1)
+    assert after == pytest.approx((0, -12, 12), abs=1)
+    assert set(others) == {(0, 0, 0)}
+
+
 def test_a_claim_is_decided_on_the_tasks_that_have_all_runs(made_up):
     claim = next(claim for claim in claims.CLAIMS if claim.name == "norm-adv")
     (made_up / "claims" / f"{claims.HALF_CHEETAH}--base-20.json").unlink()
