@@ -170,5 +170,16 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
     assert "| `default` |  | 3.0 ± 1.6 |  |  |" in rows[0]
     assert "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 (rl-zoo3) |" in rows[1]
     assert "| 3.0 ± 1.6 |  |  |" in rows[2]
+    fresh = sorted(run["score"] for run in report.tuned_runs("Swimmer-v5"))
+    assert fresh == [60, 70, 80, 90, 100]
     (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
     assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 3 | 25 % | 1.000 |")
+
+
+@pytest.mark.parametrize("score", [282, 281])
+def test_the_second_count_names_the_tasks_that_tuned_flags_win(score, monkeypatch):
+    fresh = {"Swimmer-v5": [{"score": score - 50}, {"score": score + 50}]}
+    monkeypatch.setattr(report, "tuned_runs", lambda task: fresh.get(task, []))
+    (line,) = report.below()
+    assert "Swimmer-v5" in line.split(". ")[0]  # behind with default flags: the first count
+    assert line.endswith("level or ahead on Swimmer-v5, too.") == (score == 282)
