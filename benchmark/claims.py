@@ -252,7 +252,7 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "way round: leaving out the details costs at most a seventh, leaving out the clip a fifth "
         "to two fifths. With a KL limit, five seeds show no harm from leaving out the clip on "
         "LunarLander, but great harm on HalfCheetah; that is not to be compared with the harm "
-        "without a KL limit, as its reference has only seeds 1 to 5, which mostly do well. Plain "
+        "without a KL limit, as its base has only seeds 1 to 5, which mostly do well. Plain "
         "policy gradient was not run.",
     ),
     "value-clip": (
@@ -286,17 +286,17 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "0.42 to 0.80 times it on HalfCheetah, at less than half on LunarLander. This is the mean "
         "over all minibatches of a run whose learning rate falls to 0: the KL at the end of an "
         "update was not measured. On HalfCheetah it stays at 0.4 to 1 times ½ε² until the last "
-        "fifth of a run; on LunarLander it falls from 0.3 to 0.6 times in the first fifth to less "
-        "than 0.15 in the last. On HalfCheetah an ε of 0.1 costs a tenth or more of what is "
-        "learned, 0.05 half or more. On LunarLander the final return hardly depends on ε.",
+        "fifth of a run; on LunarLander it is 0.3 to 0.6 times in the first fifth, and less than "
+        "0.15 in the last. On HalfCheetah an ε of 0.1 costs a tenth or more of what is learned, "
+        "0.05 half or more. On LunarLander the final return hardly depends on ε.",
     ),
     "entropy": (
         "not settled",
         "On LunarLander the policy keeps exploring without a bonus; 0.01 raises its entropy by "
         "about a tenth and changes the return by at most 3 %. On HalfCheetah the interval "
         "includes 0, yet nine of ten runs are worse than the run without a bonus on the same "
-        "seed. So a gain of more than 1 % is unlikely. With 0.05 LunarLander loses a quarter of "
-        "what it learns, HalfCheetah about three quarters.",
+        "seed. Pooled, a gain of more than 1 % is unlikely. With 0.05 LunarLander loses a quarter "
+        "of what it learns, HalfCheetah about three quarters.",
     ),
     "lambda": (
         "holds",
@@ -309,7 +309,7 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
     "kl-penalty": (
         "not settled",
         "On LunarLander the weakest penalty tried, β = 0.3, loses at most 6 % against the clip; 1 "
-        "and 3 do worse. Weaker ones were not tried. On HalfCheetah 3 does worse, and ten seeds "
+        "and 3 do lose. Weaker ones were not tried. On HalfCheetah 3 does worse, and ten seeds "
         "cannot tell 0.3 and 1 from the clip. The best β of a task is chosen on the seeds that it "
         "is judged by, which favours it.",
     ),
@@ -336,13 +336,13 @@ FINDINGS = {  # claim: the verdict that these words describe, and the words
         "not settled",
         "A log σ of 0 instead of −0.5 costs HalfCheetah two fifths or more of what is learned. A "
         "gain of 1 instead of 0.01 costs at most 4 % on LunarLander, and on HalfCheetah ten seeds "
-        "cannot tell; the interval of their mean barely excludes 0, and other bootstrap draws "
-        "could include it. The claim stays open because of annealing: ten seeds of HalfCheetah "
+        "cannot tell; the interval of both tasks together barely excludes 0; with other bootstrap "
+        "draws it might not. The claim stays open because of annealing: ten seeds of HalfCheetah "
         "cannot tell.",
     ),
     "reset-rows": (
         "not settled",
-        "On LunarLander they do no harm. On CartPole, Blackjack and FrozenLake ten seeds differ "
+        "On LunarLander no harm is seen. On CartPole, Blackjack and FrozenLake ten seeds differ "
         "too much to tell.",
     ),
     "hundred-epochs": (
@@ -372,8 +372,8 @@ CLAIMS = [
         1,
         "clip",
         "Most of PPO's gain over plain policy gradient is from code-level details, not the clip",
-        "matters, negative: without the details (observations and rewards normalised, annealing, "
-        "the policy head's small gain) is worse than without the clip",
+        "matters, negative: no details (observations and rewards not normalised, no annealing, a "
+        "gain of 1 for the policy head) is worse than no clip",
         (
             *compared("plain-no-clip", TWO, {"no details, against no clip": "plain-no-details"}),
             *compared("plain", TWO, {"no clip": "plain-no-clip", "no details": "plain-no-details"}),
@@ -454,7 +454,7 @@ CLAIMS = [
     Claim(
         9,
         "lambda",
-        "λ trades bias against variance, and 0.95 is a good setting",
+        "λ = 0.95 is a good setting",
         "no other λ is shown to be better, and 0 and 1 are worse",
         compared("base", TWO, {f"λ = {x}": f"lambda-{x}" for x in (0, 0.5, 0.9, 0.99, 1)}),
     ),

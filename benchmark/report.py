@@ -215,9 +215,8 @@ def continuous_scores():
         cells += [f"**{number(best, digits)}** ± {number(deviation, digits)}", tianshou, rl_zoo3]
         cells.append(number(reloaded.mean() / last.mean(), 2))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    reached = (
-        f"Our best evaluation is above Tianshou's on {len(above)} tasks ({', '.join(above)}), "
-    )
+    reached = f"By the mean, our best evaluation is above Tianshou's on {len(above)} tasks "
+    reached += f"({', '.join(above)}), "
     reached += f"tied with it on {len(tied)} ({', '.join(tied)}), "
     reached += f"and below it on {len(below)} ({', '.join(below)})."
     worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%}".replace(
@@ -399,7 +398,7 @@ def tuned():
     if lines:
         lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
     if unfinished:
-        lines += [f"Runs are missing of {', '.join(unfinished)}."]
+        lines += [f"Missing runs: {', '.join(unfinished)}."]
     return lines
 
 
@@ -493,7 +492,9 @@ def below():
             both.append(task)
         elif short:
             one.append(f"{task} (by the {short[0]} only)")
-    line = f"Of {len(tasks)} tasks, the best published PPO is ahead on {', '.join(both + one)}."
+    behind = both + one
+    line = f"The best published mean is higher on {len(behind)} of {len(tasks)} tasks: "
+    line += f"{', '.join(behind)}."
     reached = []
     for _, _, task in tasks:
         fresh = tuned_runs(task)
@@ -501,7 +502,7 @@ def below():
             reached.append(task)
     if reached:
         link = "[tuned flags](benchmark/README.md#tuned-flags)"
-        line += f" With {link}, ours is level or ahead on {', '.join(reached)}, too."
+        line += f" With {link}, ours is level or ahead on {', '.join(reached)}."
     return [line]
 
 
@@ -722,7 +723,7 @@ def effects_table(claim, effects):
 
 def claims():
     """For each claim: who says so, the effects measured here and the verdict of RULE."""
-    lines = ["The comparisons that decide the claims, as far as there is data:"]
+    lines = ["The comparisons that decide the claims:"]
     lines += ["![Effects and their intervals](results/claims.svg)", ""]
     lines += same_seeds_lines()
     if not any(map(claim_effects, CLAIMS)):
@@ -827,7 +828,8 @@ def overview():
         found = list(runs(study)[label].values())
         steps = f"{column_of(found[0], 'metrics', 'global_step').max() / 1e6:.1f}M"
         score = np.mean([last_100(run) for run in found])
-        cells = [f"[`{script}`]({script})", actions, task, steps, minutes(found)]
+        cells = [f"[`{script}`]({script})", actions, marked(task, runs(study)[label])]
+        cells += [steps, minutes(found)]
         cells += [number(score, 0), BEST_PUBLISHED[task]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -156,7 +156,7 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
     """Made-up runs: the score of seed s is 10 s for one candidate of Swimmer, else s."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     missing = "Swimmer-v5, InvertedDoublePendulum-v5, Pendulum-v1, BipedalWalker-v3"
-    assert report.tuned() == [f"Runs are missing of {missing}."]
+    assert report.tuned() == [f"Missing runs: {missing}."]
     monkeypatch.setitem(studies.TUNED_CHOSEN, "Swimmer-v5", "gamma-0.9999")
     runs = [*studies.tuned(), *studies.double_pendulum()]
     runs += [run for run in studies.selection() if run.label.endswith("critic-256-32x64")]
@@ -182,4 +182,4 @@ def test_the_second_count_names_the_tasks_that_tuned_flags_win(score, monkeypatc
     monkeypatch.setattr(report, "tuned_runs", lambda task: fresh.get(task, []))
     (line,) = report.below()
     assert "Swimmer-v5" in line.split(". ")[0]  # behind with default flags: the first count
-    assert line.endswith("level or ahead on Swimmer-v5, too.") == (score == 282)
+    assert line.endswith("level or ahead on Swimmer-v5.") == (score == 282)
