@@ -367,6 +367,8 @@ def candidates_of(task):
         study, given = "tuned", TUNED[task]
     found = summaries(study)
     candidates = {name: (flags, found.get(f"{task}-{name}", {})) for name, flags in given.items()}
+    for run in candidates.get("short-episodes", ("", {}))[1].values():
+        run["score"] = run["evaluation"]  # (TUNED_RULE)
     if "default" not in candidates:
         seeds = summaries("selection").get(f"{task}-critic-256-32x64", {})
         candidates = {"default": ("", seeds)} | candidates
@@ -404,7 +406,7 @@ def tuned():
 
 def double_pendulum():
     """What each candidate does to InvertedDoublePendulum, on seeds 1 to 5."""
-    head = ["candidate", "flags", "score", "peak of the curve"]
+    head = ["candidate", "flags", "score", "finished agent", "peak of the curve"]
     head += ["last 100 episodes under 30 steps", "σ at the end"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, (flags, found) in candidates_of(DOUBLE_PENDULUM_TASK).items():
@@ -416,6 +418,8 @@ def double_pendulum():
         entropy = np.mean([run["metrics"]["entropy"][-1] for run in seeds])
         sigma = np.exp(entropy - 0.5 * np.log(2 * np.pi * np.e))  # (entropy), one action
         cells = [f"`{name}`", f"`{flags}`" if flags else "", spread([r["score"] for r in seeds])]
+        evaluations = [run["evaluation"] for run in seeds if run.get("evaluation")]
+        cells.append(spread(evaluations) if len(evaluations) == 5 else "")
         cells += [number(np.mean(peaks), 0), f"{100 * falls:.0f} %", f"{sigma:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -92,9 +92,10 @@ def train(run, work, resume):
         command += ["--runs-dir", folder / "runs"]
     subprocess.run(command, check=True, capture_output=True, text=True)
     (run_dir,) = (folder / "runs").iterdir()
-    if run.study == "atari":  # the finished agent, loaded from its directory, plays a hundred games
+    if run.study in ("atari", "double-pendulum"):
+        # The finished agent, loaded from its directory, plays a hundred episodes of full length.
         options = "--num-envs 20 --eval-episodes 5".split()
-        command = [*command[:2], "--evaluate", run_dir, *options]
+        command = [sys.executable, ROOT / run.script, "--evaluate", run_dir, *options]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         scores = output.splitlines()[-1].split()
         (run_dir / "reloaded.csv").write_text("\n".join(["episodic_return", *scores, ""]))
@@ -136,10 +137,13 @@ def summary(run, run_dir):
         parts = np.array_split([float(row[name] or "nan") for row in rows], METRIC_ROWS)
         means = [np.nanmean(part) if np.isfinite(part).any() else None for part in parts]
         metrics[name] = [None if mean is None else rounded(mean, 4) for mean in means]
+    reloaded = run_dir / "reloaded.csv"
+    evaluation = np.loadtxt(reloaded, skiprows=1).mean() if reloaded.exists() else None
     return {
         "flags": flags,
         "edits": [new for _, new in run.edits],
         "score": rounded(returns[-100:].mean()),  # the last 100 episodes
+        "evaluation": evaluation and rounded(evaluation),  # the finished agent, full episodes
         "mean_return": rounded(np.mean([point for point in curve if point is not None])),
         "steps": total,
         "minutes": rounded(float(rows[-1]["seconds"]) / 60, 3),

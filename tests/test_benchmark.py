@@ -75,6 +75,13 @@ def test_advantages_are_divided_by_no_less_than_their_running_deviation(tmp_path
     )
 
 
+def test_a_shorter_time_limit_ends_episodes_in_training(tmp_path):
+    names = edited_module(tmp_path, (studies.SHORT_EPISODES,))
+    envs, _ = names["start_envs"](names["Args"](env_id="Pendulum-v1", num_envs=2), 0)
+    ended = [envs.step(envs.action_space.sample())[3].tolist() for _ in range(100)]
+    assert ended == [[False, False]] * 99 + [[True, True]]
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
@@ -115,6 +122,17 @@ def test_an_interrupted_run_is_continued(tmp_path, results, monkeypatch):
     assert runner.train(SMALL, tmp_path / "part", resume=True) == interrupted
     texts = [(run_dir / "episodes.csv").read_text() for run_dir in (whole, interrupted)]
     assert texts[0] == texts[1]
+
+
+def test_after_short_episodes_the_finished_agent_plays_whole_ones(tmp_path, results):
+    edits = (studies.SHORT_EPISODES,)
+    kind = ("double-pendulum", "x", 1, "ppo_continuous.py", "Pendulum-v1")
+    flags = FLAGS.replace("--save-every 2", "--save-every 10")  # 320 steps without a reset
+    runner.execute(studies.Run(*kind, flags, edits), tmp_path, resume=False)
+    kept = json.loads((results / "double-pendulum/x-1.json").read_text())
+    assert (
+        kept["evaluation"] < 1.5 * kept["score"] < 0
+    )  # 200 steps instead of 100 have twice the cost
 
 
 def test_a_failed_run_is_reported_and_the_others_are_done(tmp_path, results, monkeypatch, capfd):
@@ -162,7 +180,12 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
     runs += [run for run in studies.selection() if run.label.endswith("critic-256-32x64")]
     for run in runs:
         score = run.seed * (10 if "gamma" in run.label else 1)
-        made_up = {"score": score, "curve": [None, score, 0], "last_lengths": [29] * 25 + [30] * 75}
+        made_up = {
+            "score": score,
+            "evaluation": score + 7,
+            "curve": [None, score, 0],
+            "last_lengths": [29] * 25 + [30] * 75,
+        }
         made_up["metrics"] = {"entropy": [0.5 * np.log(2 * np.pi * np.e)]}
         (tmp_path / run.study).mkdir(exist_ok=True)
         (tmp_path / run.study / f"{run.name}.json").write_text(json.dumps(made_up))
@@ -173,7 +196,9 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
     fresh = sorted(run["score"] for run in report.tuned_runs("Swimmer-v5"))
     assert fresh == [60, 70, 80, 90, 100]
     (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
-    assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 3 | 25 % | 1.000 |")
+    assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 10.0 ± 1.6 | 3 | 25 % | 1.000 |")
+    (row,) = [row for row in report.tuned() if "short-episodes" in row]
+    assert "| 10.0 ± 1.6 |" in row  # by what the finished agent scores
 
 
 @pytest.mark.parametrize("score", [282, 281])
