@@ -505,7 +505,7 @@ def below():
         if fresh and np.mean([run["score"] for run in fresh]) >= mean_of(BEST_PUBLISHED[task]):
             reached.append(task)
     if reached:
-        link = "[tuned flags](benchmark/README.md#tuned-flags)"
+        link = "[tuning](benchmark/README.md#tuned-flags)"
         line += f" With {link}, ours is level or ahead on {', '.join(reached)}."
     return [line]
 

@@ -82,6 +82,7 @@ TUNED = {  # task: {candidate: flags}; rl-zoo3: hyperparams/ppo.yml, as far as t
 TUNED_CHOSEN = {  # task: the best candidate with seeds 1 to 5; it gets seeds 6 to 10
     "Swimmer-v5": "rl-zoo3",
     "Pendulum-v1": "rl-zoo3",
+    "InvertedDoublePendulum-v5": "short-episodes",
 }
 # rl-zoo3's value loss has no 1/2, so its coefficient of 0.696 is 1.392 here. Its minibatch of 512
 # is more than its rollout of 128 steps: one minibatch.
