@@ -506,7 +506,7 @@ def below():
             reached.append(task)
     if reached:
         link = "[tuning](benchmark/README.md#tuned-flags)"
-        line += f" With {link}, ours is level or ahead on {', '.join(reached)}."
+        line += f" With {link}, ours is level or ahead on {' and '.join(reached)}."
     return [line]
 
 
