@@ -83,6 +83,7 @@ TUNED_CHOSEN = {  # task: the best candidate with seeds 1 to 5; it gets seeds 6 
     "Swimmer-v5": "rl-zoo3",
     "Pendulum-v1": "rl-zoo3",
     "InvertedDoublePendulum-v5": "short-episodes",
+    "BipedalWalker-v3": "default",
 }
 # rl-zoo3's value loss has no 1/2, so its coefficient of 0.696 is 1.392 here. Its minibatch of 512
 # is more than its rollout of 128 steps: one minibatch.
