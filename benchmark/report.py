@@ -954,18 +954,14 @@ def speed_line():
         machine = json.loads((RESULTS / f"speed_{study}.json").read_text())["machine"]
         return machine.split(",")[0].replace("(R)", "")
 
-    today = ratio("ppo_atari", "ppo_atari.py"), ratio("ppo_atari", "ppo_atari.py --bf16 off")
-    former = [
-        ratio("ppo_atari_former", name) for name in ("ppo_atari.py", "ppo_atari.py --bf16 off")
-    ]
+    bf16, float32 = "ppo_atari.py", "ppo_atari.py --bf16 off"
     text = "Steps per second against stable-baselines3: "
     text += f"{ratio('ppo', 'ppo.py --compile')} times (`ppo.py --compile`), "
     text += f"{ratio('ppo_continuous', 'ppo_continuous.py --compile')} times "
     text += "(`ppo_continuous.py --compile`), "
-    text += f"{today[0]} times (`ppo_atari.py` in bfloat16, {cpu('ppo_atari')}; without it "
-    text += (
-        f"{today[1]}; the former script, {cpu('ppo_atari_former')}: {former[0]} and {former[1]})."
-    )
+    text += f"{ratio('ppo_atari', bf16)} times (`ppo_atari.py` in bfloat16, {cpu('ppo_atari')}; "
+    text += f"without it {ratio('ppo_atari', float32)}; {cpu('ppo_atari_xeon')}: "
+    text += f"{ratio('ppo_atari_xeon', bf16)} and {ratio('ppo_atari_xeon', float32)})."
     return [text]
 
 
@@ -992,7 +988,7 @@ TABLES = {
         "ppo-speed": lambda: speed("ppo"),
         "continuous-speed": lambda: speed("ppo_continuous"),
         "atari-speed": lambda: speed("ppo_atari"),
-        "atari-speed-former": lambda: speed("ppo_atari_former"),
+        "atari-speed-xeon": lambda: speed("ppo_atari_xeon"),
         "rlhf": rlhf,
         "claims": claims,
     },
