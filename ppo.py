@@ -6,7 +6,7 @@
     python ppo.py --evaluate runs/DIR --greedy --capture-video   # play and film an agent
 
 Read from the top; everything after train is tooling. The README explains labels like (gae).
-Shapes: a rollout has T steps of N environments, B is any number of rows, D an observation's size.
+Shapes: T steps of N environments; B rows, or (T, N); observations of size D.
 """
 
 import csv
@@ -35,8 +35,8 @@ LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
 @dataclass
 class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "CartPole-v1"  # environment with discrete actions, or my_module:MyEnv-v0
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: built-in, else sync
-    total_timesteps: int = 500_000  # of all environments, cut to whole rollouts
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: the environment's, or sync
+    total_timesteps: int = 500_000  # of all environments, in whole rollouts
     num_envs: int = 4  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -57,7 +57,7 @@ class Args:  # tyro: each field is a flag, its comment the help
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
     norm_reward: bool = False  # divide rewards by the std of discounted sums, (rew-norm)
-    reference: str | None = None  # run directory of an agent to start from; sets norm_obs
+    reference: str | None = None  # run directory of an agent to start from; norm_obs as there
     kl_coef: float = 0.0  # β: penalty for leaving the reference, (kl-ref)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
@@ -85,7 +85,7 @@ class Args:  # tyro: each field is a flag, its comment the help
             if self.total_timesteps < rows:
                 raise UsageError(f"--total-timesteps {self.total_timesteps}: must be >= {rows}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must split {rows} evenly, >= 2 each")
+                raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
             if self.kl_coef > 0 and self.reference is None:
                 raise UsageError("--kl-coef needs --reference")
         if self.resume is not None and self.evaluate is not None:
@@ -108,7 +108,7 @@ def make_envs(args):
         raise UsageError(f"--env-id {args.env_id}: {error}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        raise UsageError(f"{args.env_id}: needs Discrete(n), start 0; for Box: ppo_continuous.py")
+        raise UsageError(f"{args.env_id}: needs Discrete actions from 0; Box: ppo_continuous.py")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UsageError(f"{args.env_id}: must reset in the step after an episode (NEXT_STEP)")
     if args.capture_video:
@@ -140,7 +140,7 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape) by Chan's formula; their split does not matter."""
+        """Merges rows (B, *shape) by Chan's formula; how they are split does not matter."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
         share = len(rows) / (self.count + len(rows))  # the new rows' share of all
         delta = mean - self.mean
@@ -165,7 +165,7 @@ class Agent(nn.Module):
         super().__init__()
         self.norm_obs = norm_obs
         self.obs_stats = RunningStats(observation_space.shape[0])
-        self.return_stats = RunningStats()
+        self.return_stats = RunningStats()  # for (rew-norm)
         self.actor = mlp(observation_space.shape[0], 64, int(action_space.n), 0.01)  # near-uniform
         self.critic = mlp(observation_space.shape[0], 64, 1, 1.0)
 
@@ -179,7 +179,7 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, D) → actions (B,): sampled from π, or the most probable ones."""
         logits = self.actor(x)
-        if not greedy:  # −log(exponential) is Gumbel noise: the argmax then samples from π
+        if not greedy:  # fast: argmax with Gumbel noise samples from π
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
@@ -188,14 +188,14 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def evaluate_actions(self, x, action):
-        """x (B, D), action (B,) → log π(a|s), (categorical), and the (entropy) of π, both (B,)."""
+        """x (B, D), action (B,) → log π(a|s), (categorical), and (entropy), both (B,)."""
         log_probs = torch.log_softmax(self.actor(x), -1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def flat_parameters(agent):
-    """Moves all parameters into one vector; the agent's weights and gradients become views of it.
+    """Moves all parameters into one vector; weights and gradients become views of it and its grad.
 
     Only for speed: clipping and Adam then take one operation, not one per layer. Call it after
     agent.to(device), and zero the gradient in place: setting None breaks the views."""
@@ -320,12 +320,12 @@ def train(args):
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes, so they are at least ten time limits apart, if there is one.
+    # Checkpoints cut episodes: keep them ten time limits apart, if any.
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # true in the first iteration, resumed or not
+        if (iteration - 1) % save_every == 0:  # always true at the start
             # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
@@ -339,7 +339,7 @@ def train(args):
 
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0], done[0] = obs[T], done[T]  # continue where the last rollout ended
-        with torch.inference_mode():
+        with torch.inference_mode():  # a faster no_grad
             for t in range(T):
                 x = agent.normalize(to_tensor(obs[t]))
                 actions[t] = agent.act(x).cpu().numpy()
@@ -352,8 +352,8 @@ def train(args):
             x = agent.normalize(to_tensor(obs))
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
-        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # booleans of step t
-        scaled = to_tensor(rewards).float()
+        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # ended: done_t of (gae)
+        scaled = to_tensor(rewards).float()  # to learn from
         if reference is not None:  # (kl-ref): drifting away costs reward
             reference_x = reference.normalize(to_tensor(obs[:-1]))
             reference_log_probs, _ = reference.evaluate_actions(reference_x, to_tensor(actions))
@@ -424,7 +424,7 @@ def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
     envs, obs = start_envs(args, 0)
     scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # last column: surplus episodes
-    episode = np.zeros(args.num_envs, int)  # number, for each environment
+    episode = np.zeros(args.num_envs, int)  # each environment's column in scores
     while episode.min() < args.eval_episodes:
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
         actions = agent.act(x, args.greedy).numpy()
@@ -475,7 +475,7 @@ def load_run(run_dir):
 
 
 def load_agent(run_dir):
-    """The trained agent of a run, on the CPU: agent.act(agent.normalize(obs)), obs a tensor"""
+    """The trained agent of a run, on the CPU: agent.act(agent.normalize(obs)), obs a tensor."""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args.norm_obs)
@@ -547,9 +547,9 @@ def main():
         if args.evaluate is None:
             train(args)
             return
-        returns = evaluate(load_agent(args.evaluate), args)
-        print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}:")
-        print(*returns.flatten().round(2))
+        scores = evaluate(load_agent(args.evaluate), args)
+        print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}:")
+        print(*scores.flatten().round(2))
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)

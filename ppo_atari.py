@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 8 ppo_atari.py                         # on 8 GPUs
 
 Read from the top; everything after train is tooling. The README explains labels like (gae).
-Shapes: a rollout has T steps of N environments, B is any number of rows. With torchrun, each
-process plays --num-envs games of its own, and the gradients are averaged.
+Shapes: T steps of N environments; B rows, or (T, N). With torchrun, each process plays --num-envs
+games of its own, and the gradients are averaged.
 """
 
 import csv
@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-# Must precede `import torch`: its idle threads then soon free the CPU for games.
+# Before `import torch`: lets torch's idle threads soon free the CPU for the games.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -45,8 +45,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 # ---------- Flags ----------
 @dataclass
 class Args:  # tyro: each field is a flag, its comment the help
-    env_id: str = "ALE/Breakout-v5"  # game; also as Breakout, BreakoutNoFrameskip-v4
-    total_timesteps: int = 10_000_000  # of all environments, cut to whole rollouts
+    env_id: str = "ALE/Breakout-v5"  # game; Breakout, BreakoutNoFrameskip-v4 mean the same
+    total_timesteps: int = 10_000_000  # of all environments, in whole rollouts
     num_envs: int = 8  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -97,7 +97,7 @@ class Args:  # tyro: each field is a flag, its comment the help
             if total < steps:
                 raise UsageError(f"--total-timesteps {total}: must be >= {steps}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must split {rows} evenly, >= 2 each")
+                raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
@@ -135,15 +135,15 @@ class AtariGames(gym.vector.VectorWrapper):
             actions = np.where(self.ended, self.fire, actions)
         obs, reward, terminated, truncated, info = self.env.step(actions)
         info["new_game"] = info["episode_frame_number"] < self.frame  # it starts again
-        info["valid"] = ~(info["new_game"] if self.fire is None else self.ended)  # or FIRE
+        info["valid"] = ~(info["new_game"] if self.fire is None else self.ended)  # reset or FIRE
         self.ended = terminated | truncated
         self.frame = info["episode_frame_number"]
         return obs, reward, terminated, truncated, info
 
 
 def make_envs(args, for_film=False):
-    """args.num_envs games: 4 frames a step, after up to 29 no-ops; observations are the
-    last 4 steps in grey, (N, 4, 84, 84), or for a film one in colour, (N, 1, 210, 160, 3)."""
+    """args.num_envs games: 4 frames a step, after up to 29 no-ops; observations are the last
+    4 steps in grey, (N, 4, 84, 84), or, for_film, the last one in colour, (N, 1, 210, 160, 3)."""
     game = args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4")
     options = {"life_loss_info": args.episodic_life, "reward_clipping": False}  # scores, not signs
     options |= {"repeat_action_probability": args.sticky_actions}
@@ -215,7 +215,7 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
         logits = self.actor(x)
-        if not greedy:  # −log(exponential) is Gumbel noise: the argmax then samples from π
+        if not greedy:  # fast: argmax with Gumbel noise samples from π
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
@@ -224,14 +224,14 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def evaluate_actions(self, x, action):
-        """x (B, 512), action (B,) → log π(a|s), (categorical), and (entropy) of π, both (B,)."""
+        """x (B, 512), action (B,) → log π(a|s), (categorical), and (entropy), both (B,)."""
         log_probs = torch.log_softmax(self.actor(x), -1)
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         return log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def flat_parameters(agent):
-    """Moves all parameters into one vector; the agent's weights and gradients become views of it.
+    """Moves all parameters into one vector; weights and gradients become views of it and its grad.
 
     Only for speed: clipping, Adam and averaging then take one operation, not one per layer.
     Call it after agent.to(device), and zero the gradient in place: setting None breaks the views.
@@ -360,7 +360,7 @@ def train(args):
     save_every = args.save_every or math.ceil(max(iterations / 20, two_games))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # true in the first iteration, resumed or not
+        if (iteration - 1) % save_every == 0:  # always true at the start
             # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
@@ -466,7 +466,7 @@ def evaluate(agent, args):
         path = f"{args.evaluate}/videos/{time.time_ns()}.mp4"
         film = FFMPEG_VideoWriter(path, (160, 210), fps=15)
     scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # last column: surplus episodes
-    episode = np.zeros(args.num_envs, int)  # number, for each environment
+    episode = np.zeros(args.num_envs, int)  # each environment's column in scores
     while episode.min() < args.eval_episodes:
         x = agent.features(torch.from_numpy(obs))
         actions = agent.act(x, args.greedy).numpy()
@@ -529,7 +529,7 @@ def load_run(run_dir):
 
 
 def load_agent(run_dir):
-    """The trained agent of a run, on the CPU: agent.act(agent.features(obs)), obs a tensor"""
+    """The trained agent of a run, on the CPU: agent.act(agent.features(obs)), obs a tensor."""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)
     bf16 = supports_bf16(torch.device("cpu")) if args.bf16 == "auto" else args.bf16 == "on"
@@ -602,9 +602,9 @@ def main():
         if args.evaluate is None:
             train(args)
             return
-        returns = evaluate(load_agent(args.evaluate), args)
-        print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}:")
-        print(*returns.flatten().round(2))
+        scores = evaluate(load_agent(args.evaluate), args)
+        print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}:")
+        print(*scores.flatten().round(2))
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)

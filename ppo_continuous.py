@@ -3,10 +3,10 @@
     python ppo_continuous.py                                              # HalfCheetah-v5
     python ppo_continuous.py --env-id Hopper-v5 --seed 2                  # --help lists all flags
     python ppo_continuous.py --resume runs/DIR                            # continue a run
-    python ppo_continuous.py --evaluate runs/DIR --greedy --capture-video  # play and film it
+    python ppo_continuous.py --evaluate runs/DIR --greedy --capture-video  # play and film
 
 Read from the top; everything after train is tooling. The README explains labels like (gae).
-Shapes: a rollout has T steps of N environments; B rows; observations of size D, actions of size A.
+Shapes: T steps of N environments; B rows, or (T, N); observations of size D, actions of size A.
 """
 
 import csv
@@ -35,8 +35,8 @@ LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
 @dataclass
 class Args:  # tyro: each field is a flag, its comment the help
     env_id: str = "HalfCheetah-v5"  # environment with continuous actions, or my_module:MyEnv-v0
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: built-in, else sync
-    total_timesteps: int = 1_000_000  # of all environments, cut to whole rollouts
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: the environment's, or sync
+    total_timesteps: int = 1_000_000  # of all environments, in whole rollouts
     num_envs: int = 32  # parallel environments, N
     num_steps: int = 64  # steps of each environment in a rollout, T; at least 2
     seed: int = 1  # seeds everything random, in [0, 2^32)
@@ -86,7 +86,7 @@ class Args:  # tyro: each field is a flag, its comment the help
             if self.total_timesteps < rows:
                 raise UsageError(f"--total-timesteps {self.total_timesteps}: must be >= {rows}")
             if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must split {rows} evenly, >= 2 each")
+                raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
         if self.resume is not None and self.evaluate is not None:
             raise UsageError("--resume and --evaluate exclude each other")
         if (self.greedy or self.capture_video) and self.evaluate is None:
@@ -107,7 +107,7 @@ def make_envs(args):
         raise UsageError(f"--env-id {args.env_id}: {error}") from error
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, gym.spaces.Box) or action_space.dtype.kind != "f":
-        raise UsageError(f"{args.env_id}: needs actions in a Box of floats; for Discrete: ppo.py")
+        raise UsageError(f"{args.env_id}: needs Box actions of floats; Discrete: ppo.py")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
         raise UsageError(f"{args.env_id}: must reset in the step after an episode (NEXT_STEP)")
     if args.capture_video:
@@ -139,7 +139,7 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape) by Chan's formula; their split does not matter."""
+        """Merges rows (B, *shape) by Chan's formula; how they are split does not matter."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
         share = len(rows) / (self.count + len(rows))  # the new rows' share of all
         delta = mean - self.mean
@@ -164,14 +164,14 @@ class Agent(nn.Module):
         super().__init__()
         self.norm_obs = norm_obs
         self.obs_stats = RunningStats(observation_space.shape[0])
-        self.return_stats = RunningStats()
-        num_actions = int(np.prod(action_space.shape))
-        self.actor = mlp(observation_space.shape[0], 64, num_actions, 0.01)  # means near 0 at first
+        self.return_stats = RunningStats()  # for (rew-norm)
+        action_size = int(np.prod(action_space.shape))
+        self.actor = mlp(observation_space.shape[0], 64, action_size, 0.01)  # means near 0 at first
         self.critic = mlp(observation_space.shape[0], 256, 1, 1.0)
-        self.log_std = nn.Parameter(torch.full((num_actions,), float(initial_log_std)))
+        self.log_std = nn.Parameter(torch.full((action_size,), float(initial_log_std)))
         self.action_space = action_space
         rescaled = rescale_actions & np.isfinite(action_space.low) & np.isfinite(action_space.high)
-        low = np.where(rescaled, action_space.low, -1)
+        low = np.where(rescaled, action_space.low, -1)  # -1 to 1: left as it is
         high = np.where(rescaled, action_space.high, 1)
         self.scale, self.middle = high / 2 - low / 2, high / 2 + low / 2  # halves: no overflow
 
@@ -198,7 +198,7 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def evaluate_actions(self, x, action):
-        """x (B, D), action (B, A) → log π(a|s), (gaussian), and the (entropy) of π, both (B,)."""
+        """x (B, D), action (B, A) → log π(a|s), (gaussian), and (entropy), both (B,)."""
         z = (action - self.actor(x)) / self.log_std.exp()
         log_normalizer = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
         entropy = log_normalizer + 0.5 * len(self.log_std)
@@ -206,7 +206,7 @@ class Agent(nn.Module):
 
 
 def flat_parameters(agent):
-    """Moves all parameters into one vector; the agent's weights and gradients become views of it.
+    """Moves all parameters into one vector; weights and gradients become views of it and its grad.
 
     Only for speed: clipping and Adam then take one operation, not one per layer. Call it after
     agent.to(device), and zero the gradient in place: setting None breaks the views."""
@@ -326,12 +326,12 @@ def train(args):
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes, so they are at least ten time limits apart, if there is one.
+    # Checkpoints cut episodes: keep them ten time limits apart, if any.
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # true in the first iteration, resumed or not
+        if (iteration - 1) % save_every == 0:  # always true at the start
             # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
@@ -345,7 +345,7 @@ def train(args):
 
         # 1. Rollout: the policy plays T steps in N environments.
         obs[0], done[0] = obs[T], done[T]  # continue where the last rollout ended
-        with torch.inference_mode():
+        with torch.inference_mode():  # a faster no_grad
             for t in range(T):
                 x = agent.normalize(to_tensor(obs[t]))
                 actions[t] = agent.act(x).cpu().numpy()
@@ -359,8 +359,8 @@ def train(args):
             x = agent.normalize(to_tensor(obs))
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
-        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # booleans of step t
-        scaled = to_tensor(rewards).float()
+        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # ended: done_t of (gae)
+        scaled = to_tensor(rewards).float()  # to learn from
         if args.norm_reward:
             scaled, sums = scale_rewards(scaled, resets, agent.return_stats, args.gamma, sums)
         stops = to_tensor(terminated) if args.bootstrap_truncated else ended  # no value after these
@@ -432,7 +432,7 @@ def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
     envs, obs = start_envs(args, 0)
     scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # last column: surplus episodes
-    episode = np.zeros(args.num_envs, int)  # number, for each environment
+    episode = np.zeros(args.num_envs, int)  # each environment's column in scores
     while episode.min() < args.eval_episodes:
         x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
         actions = agent.act(x, args.greedy).numpy()
@@ -557,9 +557,9 @@ def main():
         if args.evaluate is None:
             train(args)
             return
-        returns = evaluate(load_agent(args.evaluate), args)
-        print(f"mean return {returns.mean():.2f}, standard deviation {returns.std():.2f}:")
-        print(*returns.flatten().round(2))
+        scores = evaluate(load_agent(args.evaluate), args)
+        print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}:")
+        print(*scores.flatten().round(2))
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)

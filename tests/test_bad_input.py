@@ -140,7 +140,7 @@ def test_number_out_of_range(refused_flag, name):
 
 @pytest.mark.parametrize("number", [3, 512])  # 512 minibatches would have one step each
 def test_minibatches(refused_flag, number):
-    message = f"--num-minibatches {number}: must split 512 evenly, >= 2 each"
+    message = f"--num-minibatches {number}: must divide 512, >= 2 rows each"
     assert message in refused_flag("--num-minibatches", number)
     Args(num_minibatches=256)
 
@@ -167,9 +167,9 @@ def test_device(refused_flag, monkeypatch):
         ("environments:Stubb-v0", "Did you mean: `Stub`"),
         ("", "Malformed environment ID"),
         ("nomodule:Env-v0", "No module named 'nomodule'"),
-        ("Pendulum-v1", r"needs Discrete\(n\), start 0; for Box: ppo_continuous\.py"),
+        ("Pendulum-v1", r"needs Discrete actions from 0; Box: ppo_continuous\.py"),
         ("StubMultiDiscrete-v0", "needs Discrete"),
-        ("StubFromOne-v0", r"needs Discrete\(n\), start 0"),
+        ("StubFromOne-v0", r"needs Discrete actions from 0"),
         ("StubSameStep-v0", r"must reset in the step after an episode \(NEXT_STEP\)"),
     ],
 )
