@@ -79,7 +79,7 @@ TASKS = {  # task: script, flags
 # Lines of the scripts that are replaced where no flag reaches.
 HEAD_GAIN = {  # the last layer of the actor as large as the others
     "ppo.py": (("int(action_space.n), 0.01)", "int(action_space.n), 1.0)"),),
-    "ppo_continuous.py": (("num_actions, 0.01)", "num_actions, 1.0)"),),
+    "ppo_continuous.py": (("action_size, 0.01)", "action_size, 1.0)"),),
 }
 RESET_ROWS = (  # rows that only reset stay in the losses, in (norm) and in the statistics
     ("{name: column[~resets] for", "{name: column.flatten(0, 1) for"),
@@ -371,7 +371,8 @@ CLAIMS = [
     Claim(
         1,
         "clip",
-        "Most of PPO's gain over plain policy gradient is from code-level details, not the clip",
+        "Most of PPO's gain over plain policy gradient is from code-level details "
+        "(normalisation, annealing, a small policy head), not the clip",
         "matters, negative: no details (observations and rewards not normalised, no annealing, a "
         "gain of 1 for the policy head) is worse than no clip",
         (

@@ -503,7 +503,9 @@ def below():
     for _, _, task in tasks:
         fresh = tuned_runs(task)
         if fresh and np.mean([run["score"] for run in fresh]) >= mean_of(BEST_PUBLISHED[task]):
-            reached.append(task)
+            short = TUNED_CHOSEN[task] == "short-episodes"
+            link = "[trained in short episodes](benchmark/README.md#inverteddoublependulum)"
+            reached.append(task + f" ({link})" * short)
     if reached:
         link = "[tuning](benchmark/README.md#tuned-flags)"
         line += f" With {link}, ours is level or ahead on {' and '.join(reached)}."
@@ -663,7 +665,11 @@ def decision(claim):
         return None
     missing = sum(found[label][1] for label in labels)
     where = only_on(set.union(*measured), missing)
-    return "; ".join(parts) + where, outcome(claim, effects, more)
+    word = outcome(claim, effects, more)
+    shown = [label for label in labels if not clear_tasks(effects[label]).isdisjoint(MUJOCO)]
+    if word == "holds" and "MuJoCo" in claim.text and shown != labels:
+        word += f"; on MuJoCo shown only for: {', '.join(shown)}"
+    return "; ".join(parts) + where, word
 
 
 def in_words(claim, word):
@@ -680,10 +686,15 @@ def only_on(measured, missing):
     return "" if measured == set(TWO) else f" ({names})"
 
 
+def clear_tasks(effects):
+    """The tasks whose own interval excludes 0."""
+    tasks = effects.keys() - {"pooled"}
+    return {task for task in tasks if effects[task][1] > 0 or effects[task][2] < 0}
+
+
 def rests_on(effects):
     """Names the tasks that a verdict of "matters" comes from, if they are not all."""
-    tasks = effects.keys() - {"pooled"}
-    clear = [task for task in tasks if effects[task][1] > 0 or effects[task][2] < 0]
+    tasks, clear = effects.keys() - {"pooled"}, clear_tasks(effects)
     if verdict(effects) != "matters" or len(clear) in (0, len(tasks)):
         return ""
     return f", shown on {', '.join(sorted(clear))} only"
@@ -750,7 +761,10 @@ def claims():
             lines += [CAPTIONS[claim.name], ""]
         if decided := decision(claim):
             figures, word = decided
-            lines += [f"**{word.capitalize()}**: {figures}. {in_words(claim, word)}".strip(), ""]
+            lines += [
+                f"**{word[0].upper()}{word[1:]}**: {figures}. {in_words(claim, word)}".strip(),
+                "",
+            ]
     return lines[:-1]
 
 
@@ -852,7 +866,7 @@ def diagnostics():
     ):
         found = runs(study)[label]
         table = read(Path(f"{found[min(found)]}.metrics.csv.gz"))
-        cells = [label.split("-")[0]]
+        cells = [marked(label.split("-")[0], found)]
         tenth = len(table) // 10
         for column in columns:
             means = []
@@ -960,8 +974,9 @@ def speed_line():
     text += f"{ratio('ppo_continuous', 'ppo_continuous.py --compile')} times "
     text += "(`ppo_continuous.py --compile`), "
     text += f"{ratio('ppo_atari', bf16)} times (`ppo_atari.py` in bfloat16, {cpu('ppo_atari')}; "
-    text += f"without it {ratio('ppo_atari', float32)}; {cpu('ppo_atari_xeon')}: "
-    text += f"{ratio('ppo_atari_xeon', bf16)} and {ratio('ppo_atari_xeon', float32)})."
+    text += f"with `--bf16 off` {ratio('ppo_atari', float32)}; {cpu('ppo_atari_xeon')}: "
+    text += f"{ratio('ppo_atari_xeon', bf16)}, with `--bf16 off` "
+    text += f"{ratio('ppo_atari_xeon', float32)})."
     return [text]
 
 

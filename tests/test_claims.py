@@ -325,3 +325,9 @@ def test_every_claim_names_what_others_found():
     for source in claims.SOURCES.values():
         for name in re.findall(r"\[(.+?)\]", source):
             assert f"\n[{name}]: https://" in text
+
+
+def test_a_claim_about_mujoco_says_what_is_shown_there():
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "normalisation")
+    _, word = report.decision(claim)
+    assert word == "holds; on MuJoCo shown only for: observations not normalised"
