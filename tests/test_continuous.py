@@ -326,11 +326,11 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("env_id", "advice"),
     [
-        ("CartPole-v1", "for Discrete: ppo.py"),
+        ("CartPole-v1", "Discrete: ppo.py"),
         ("HalfCheeta-v5", "HalfCheetah"),
         ("HalfCheetah-v3", "gymnasium-robotics"),
-        ("StubMultiDiscrete-v0", "Box of floats"),
-        ("StubIntegers-v0", "Box of floats"),
+        ("StubMultiDiscrete-v0", "Box actions of floats"),
+        ("StubIntegers-v0", "Box actions of floats"),
         ("StubBoxSameStep-v0", "NEXT_STEP"),
     ],
 )
