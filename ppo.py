@@ -57,7 +57,7 @@ class Args:  # tyro: each field is a flag, its comment the help
     target_kl: float | None = None  # stop an update after an epoch with a larger approx_kl, (k3)
     norm_obs: bool = False  # normalise observations by running mean and variance, (obs-norm)
     norm_reward: bool = False  # divide rewards by the std of discounted sums, (rew-norm)
-    reference: str | None = None  # run directory of an agent to start from; norm_obs as there
+    reference: str | None = None  # run directory of an agent to start from; keeps its norm_obs
     kl_coef: float = 0.0  # β: penalty for leaving the reference, (kl-ref)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
@@ -179,7 +179,7 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, D) → actions (B,): sampled from π, or the most probable ones."""
         logits = self.actor(x)
-        if not greedy:  # fast: argmax with Gumbel noise samples from π
+        if not greedy:  # −log(exponential) is Gumbel noise: the argmax then samples from π
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
@@ -320,12 +320,12 @@ def train(args):
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes: keep them ten time limits apart, if any.
+    # Checkpoints cut episodes, so keep them ten time limits apart (if there is one).
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # always true at the start
+        if (iteration - 1) % save_every == 0:  # also at the start
             # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
@@ -353,7 +353,7 @@ def train(args):
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # ended: done_t of (gae)
-        scaled = to_tensor(rewards).float()  # to learn from
+        scaled = to_tensor(rewards).float()  # for learning
         if reference is not None:  # (kl-ref): drifting away costs reward
             reference_x = reference.normalize(to_tensor(obs[:-1]))
             reference_log_probs, _ = reference.evaluate_actions(reference_x, to_tensor(actions))

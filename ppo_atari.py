@@ -215,7 +215,7 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
         logits = self.actor(x)
-        if not greedy:  # fast: argmax with Gumbel noise samples from π
+        if not greedy:  # −log(exponential) is Gumbel noise: the argmax then samples from π
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
@@ -360,7 +360,7 @@ def train(args):
     save_every = args.save_every or math.ceil(max(iterations / 20, two_games))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # always true at the start
+        if (iteration - 1) % save_every == 0:  # also at the start
             # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()

@@ -326,12 +326,12 @@ def train(args):
     run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
     logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
     began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes: keep them ten time limits apart, if any.
+    # Checkpoints cut episodes, so keep them ten time limits apart (if there is one).
     ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
     save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
     for iteration in range(iterations_done + 1, iterations + 1):
         iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # always true at the start
+        if (iteration - 1) % save_every == 0:  # also at the start
             # Each checkpoint starts new environments, so their state need not be saved.
             save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
             envs.close()
@@ -360,7 +360,7 @@ def train(args):
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
         resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # ended: done_t of (gae)
-        scaled = to_tensor(rewards).float()  # to learn from
+        scaled = to_tensor(rewards).float()  # for learning
         if args.norm_reward:
             scaled, sums = scale_rewards(scaled, resets, agent.return_stats, args.gamma, sums)
         stops = to_tensor(terminated) if args.bootstrap_truncated else ended  # no value after these
