@@ -125,9 +125,14 @@ def flags(run):
     return json.loads(run.with_name(f"{run.name}.args.json").read_text())
 
 
+def is_former(run):
+    """Whether the former, longer scripts made this run: only they had this flag."""
+    return "norm_adv_over" in flags(run)
+
+
 def marked(task, seeds):
     """The task, with a star if the former, longer scripts made one of these runs."""
-    return task + " *" * any("norm_adv_over" in flags(run) for run in seeds.values())
+    return task + " *" * any(is_former(run) for run in seeds.values())
 
 
 def total_steps(run):
@@ -246,9 +251,10 @@ def continuous_sb3():
     return lines
 
 
-def each(scores):
+def each(scores, stars=("",) * 10):
     """The score of each seed in brackets, where there are several."""
-    return f" ({', '.join(map(number, scores))})" if len(scores) > 1 else ""
+    marked_scores = [number(score) + star for score, star in zip(scores, stars)]
+    return f" ({', '.join(marked_scores)})" if len(scores) > 1 else ""
 
 
 def atari_scores():
@@ -260,9 +266,10 @@ def atari_scores():
         played = np.mean([len(column_of(run, "episodes")) for run in seeds])
         trained = [last_100(run) for run in seeds]
         reloaded = [column_of(run, "reloaded").mean() for run in seeds]
+        stars = ["\\*" * is_former(run) for run in seeds]
         cells = [marked(game, found), str(len(seeds))]
-        cells += [f"**{number(np.mean(trained))}**{each(trained)}"]
-        cells += [f"{number(np.mean(reloaded))}{each(reloaded)}"]
+        cells += [f"**{number(np.mean(trained))}**{each(trained, stars)}"]
+        cells += [f"{number(np.mean(reloaded))}{each(reloaded, stars)}"]
         cells += [f"{played:,.0f}", *PUBLISHED_ATARI[game]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -854,7 +861,7 @@ def overview():
 
 
 def diagnostics():
-    """What the columns of metrics.csv look like in our own runs of the first seed."""
+    """What the columns of metrics.csv look like in the first run of today's scripts."""
     columns = ["clipfrac", "approx_kl", "entropy", "explained_variance", "grad_norm"]
     heads = [f"`{column}`" for column in columns]
     lines = [f"| run | {' | '.join(heads)} |", "|---" * 6 + "|"]
@@ -864,9 +871,9 @@ def diagnostics():
         ("continuous", "HalfCheetah-v5"),
         ("atari", "Breakout-10M"),
     ):
-        found = runs(study)[label]
-        table = read(Path(f"{found[min(found)]}.metrics.csv.gz"))
-        cells = [marked(label.split("-")[0], found)]
+        run = next(run for run in runs(study)[label].values() if not is_former(run))
+        table = read(run.with_name(f"{run.name}.metrics.csv.gz"))
+        cells = [label.split("-")[0]]
         tenth = len(table) // 10
         for column in columns:
             means = []
