@@ -251,9 +251,9 @@ def continuous_sb3():
     return lines
 
 
-def each(scores, stars=("",) * 10):
+def each(scores, stars=("", ""), digits=1):
     """The score of each seed in brackets, where there are several."""
-    marked_scores = [number(score) + star for score, star in zip(scores, stars)]
+    marked_scores = [number(score, digits) + star for score, star in zip(scores, stars)]
     return f" ({', '.join(marked_scores)})" if len(scores) > 1 else ""
 
 
@@ -473,7 +473,7 @@ def score_cells(steps, scores):
         low, high = interval(scores)
         score = f"**{score}** [{number(low, digits)}, {number(high, digits)}]"
     else:
-        score = f"**{score}**{each(scores)}"
+        score = f"**{score}**{each(scores, digits=digits)}"
     deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
     return [f"{steps / 1e6:.1f}M", str(len(scores)), score, f"{mean}{deviation}"]
 
