@@ -19,7 +19,9 @@ import run as runner  # noqa: E402
 import studies  # noqa: E402
 
 EDITED = {run.edits: run for runs in studies.STUDIES.values() for run in runs if run.edits}
-FLAGS = "--num-envs 4 --num-steps 32 --num-minibatches 2 --total-timesteps 1280 --save-every 2"
+FLAGS = (
+    "--num-envs 4 --num-steps 32 --num-minibatches 2 --total-timesteps 1280 --save-every 2"
+)
 SMALL = studies.Run("study", "CartPole", 1, "ppo.py", "CartPole-v1", FLAGS)
 
 
@@ -50,7 +52,9 @@ def test_the_critic_has_256_units_or_64(tmp_path, edits, units):
     names = edited_module(tmp_path, edits)
     args = names["Args"](env_id="Pendulum-v1")
     envs = names["make_envs"](args)
-    agent = names["Agent"](envs.single_observation_space, envs.single_action_space, True, 0, True)
+    agent = names["Agent"](
+        envs.single_observation_space, envs.single_action_space, True, 0, True
+    )
     assert [layer.out_features for layer in agent.critic[::2]] == [units, units, 1]
     assert [layer.out_features for layer in agent.actor[::2]] == [64, 64, 1]
 
@@ -68,7 +72,9 @@ def test_the_deviation_of_actions_stays_above_its_floor(tmp_path):
 def test_advantages_are_divided_by_no_less_than_their_running_deviation(tmp_path):
     names = edited_module(tmp_path, studies.ADVANTAGE_FLOOR)
     small = torch.tensor([0.1, -0.1])
-    assert torch.equal(names["normalize_advantages"](small), small)  # divided by 1, not by 0.14
+    assert torch.equal(
+        names["normalize_advantages"](small), small
+    )  # divided by 1, not by 0.14
     large = torch.tensor([10.0, -10.0])
     torch.testing.assert_close(
         names["normalize_advantages"](large), ppo.normalize_advantages(large)
@@ -92,13 +98,18 @@ def test_a_summary_holds_what_the_tables_need(tmp_path, results):
     run_dir = ppo.train(ppo.Args(total_timesteps=10_240, gamma=0.9, runs_dir=str(tmp_path)))
     kept = runner.summary(SMALL, run_dir)
     episodes = np.genfromtxt(run_dir / "episodes.csv", delimiter=",", names=True)
-    assert kept["score"] == pytest.approx(episodes["episodic_return"][-100:].mean(), rel=1e-4)
+    assert kept["score"] == pytest.approx(
+        episodes["episodic_return"][-100:].mean(), rel=1e-4
+    )
     assert kept["last_lengths"] == episodes["episodic_length"][-100:].astype(int).tolist()
     last_part = episodes["global_step"] > 10_240 * 199 / 200
     if last_part.any():
         mean = episodes["episodic_return"][last_part].mean()
         assert kept["curve"][-1] == pytest.approx(mean, rel=1e-4)
-    assert len(kept["curve"]) == 200 and kept["flags"] == {"total_timesteps": 10_240, "gamma": 0.9}
+    assert len(kept["curve"]) == 200 and kept["flags"] == {
+        "total_timesteps": 10_240,
+        "gamma": 0.9,
+    }
     losses = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)["value_loss"]
     halves = [part for part in kept["metrics"]["value_loss"] if part is not None]
     assert halves == pytest.approx(losses.tolist(), rel=1e-3)  # 20 iterations: no means
@@ -134,7 +145,9 @@ def test_after_short_episodes_the_finished_agent_plays_whole_ones(tmp_path, resu
     assert kept["evaluation"] < 1.5 * kept["score"] < 0
 
 
-def test_a_failed_run_is_reported_and_the_others_are_done(tmp_path, results, monkeypatch, capfd):
+def test_a_failed_run_is_reported_and_the_others_are_done(
+    tmp_path, results, monkeypatch, capfd
+):
     bad = studies.Run("study", "bad", 1, "ppo.py", "NoSuchGame-v0", FLAGS)
     monkeypatch.setitem(runner.STUDIES, "study", [bad, SMALL])
     argv = ["run.py", "study", "--jobs", "1", "--work", str(tmp_path / "work")]
@@ -163,8 +176,14 @@ def test_evaluations_on_the_way_do_not_disturb_training(tmp_path):
     texts = [(run_dir / "episodes.csv").read_text() for run_dir in outcomes]
     assert texts[0] == texts[1]
     evaluations = np.genfromtxt(evaluated / "evaluations.csv", delimiter=",", names=True)
-    assert evaluations["global_step"].tolist() == np.repeat(2048 * np.arange(1, 11), 10).tolist()
-    assert evaluations["episodic_return"][-10:].mean() > evaluations["episodic_return"][:10].mean()
+    assert (
+        evaluations["global_step"].tolist()
+        == np.repeat(2048 * np.arange(1, 11), 10).tolist()
+    )
+    assert (
+        evaluations["episodic_return"][-10:].mean()
+        > evaluations["episodic_return"][:10].mean()
+    )
     assert len((evaluated / "reloaded.csv").read_text().splitlines()) == 21
     assert not (plain / "evaluations.csv").exists()
 
@@ -190,12 +209,17 @@ def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, m
         (tmp_path / run.study / f"{run.name}.json").write_text(json.dumps(made_up))
     rows = [row for row in report.tuned() if "Swimmer" in row]
     assert "| `default` |  | 3.0 ± 1.6 |  |  |" in rows[0]
-    assert "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 (rl-zoo3) |" in rows[1]
+    assert (
+        "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 (rl-zoo3) |"
+        in rows[1]
+    )
     assert "| 3.0 ± 1.6 |  |  |" in rows[2]
     fresh = sorted(run["score"] for run in report.tuned_runs("Swimmer-v5"))
     assert fresh == [60, 70, 80, 90, 100]
     (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
-    assert row.endswith("| `--learning-rate 1e-4` | 3.0 ± 1.6 | 10.0 ± 1.6 | 3 | 25 % | 1.000 |")
+    assert row.endswith(
+        "| `--learning-rate 1e-4` | 3.0 ± 1.6 | 10.0 ± 1.6 | 3 | 25 % | 1.000 |"
+    )
     (row,) = [row for row in report.tuned() if "short-episodes" in row]
     assert "| 10.0 ± 1.6 |" in row  # by what the finished agent scores
 

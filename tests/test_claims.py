@@ -35,15 +35,22 @@ def edited(tmp_path, script, edits):
 @pytest.mark.parametrize("run", ARMS.values(), ids=lambda run: run.label)
 def test_every_arm_can_start_and_differs_from_its_reference(tmp_path, run):
     compile(runner.edited_script(run, tmp_path).read_text(), run.script, "exec")
-    args = tyro.cli(SCRIPTS[run.script].Args, args=f"--env-id {run.env_id} {run.flags}".split())
+    args = tyro.cli(
+        SCRIPTS[run.script].Args, args=f"--env-id {run.env_id} {run.flags}".split()
+    )
     task, arm = run.label.split("--")
-    reference = next(name for name in claims.REFERENCES if arm.startswith(name) or name == "base")
+    reference = next(
+        name for name in claims.REFERENCES if arm.startswith(name) or name == "base"
+    )
     same = tyro.cli(
         SCRIPTS[run.script].Args,
         args=f"--env-id {task} {claims.run_of(task, reference, 1).flags}".split(),
     )
     differs = args != same or bool(run.edits)
-    already = {(claims.LUNAR, "base"): "clip-vloss", (claims.HALF_CHEETAH, "base"): "no-clip-vloss"}
+    already = {
+        (claims.LUNAR, "base"): "clip-vloss",
+        (claims.HALF_CHEETAH, "base"): "no-clip-vloss",
+    }
     assert differs == (arm not in (reference, already.get((task, reference))))
 
 
@@ -88,7 +95,9 @@ def test_the_penalty_takes_the_place_of_the_clip(tmp_path):
     agent.evaluate_actions = lambda x, actions: (log_ratio, torch.zeros(2))
     agent.value = lambda x: torch.zeros(2)
     columns = {"advantages": torch.tensor([1.0, 2.0]), "old_log_probs": torch.zeros(2)}
-    batch = columns | dict.fromkeys(["x", "actions", "old_values", "returns"], torch.zeros(2))
+    batch = columns | dict.fromkeys(
+        ["x", "actions", "old_values", "returns"], torch.zeros(2)
+    )
     args = names["Args"](norm_adv=False)
     _, logged = names["ppo_loss"](agent, batch, args)
     ratio = np.exp([0.5, -0.5])
@@ -109,7 +118,9 @@ def test_each_epoch_has_columns_of_its_own(tmp_path):
 def test_the_policy_head_begins_large(tmp_path):
     names = edited(tmp_path, "ppo_continuous.py", claims.HEAD_GAIN["ppo_continuous.py"])
     envs = names["make_envs"](names["Args"](env_id="Pendulum-v1"))
-    agent = names["Agent"](envs.single_observation_space, envs.single_action_space, True, 0, True)
+    agent = names["Agent"](
+        envs.single_observation_space, envs.single_action_space, True, 0, True
+    )
     assert agent.actor[-1].weight.norm().item() == pytest.approx(1)
 
 
@@ -140,7 +151,9 @@ def test_the_same_seeds_are_compared_one_by_one():
     effect, low, high = claims.same_seeds(scores, {"a": 10.0}, rng)["a"]
     assert effect == pytest.approx(-0.1) and low == pytest.approx(-0.1) == high
     assert claims.bootstrap(scores, {"a": 10.0}, rng)["a"][0] == pytest.approx(27.5 / 62.5)
-    lost = np.where(np.arange(20) % 2, 10.0, 15.0)  # nearly all is lost: the scale is drawn too
+    lost = np.where(
+        np.arange(20) % 2, 10.0, 15.0
+    )  # nearly all is lost: the scale is drawn too
     base = np.where(np.arange(20) % 2, 110.0, 60.0)
     effect, low, high = claims.same_seeds({"a": (lost, base, base)}, {"a": 10.0}, rng)["a"]
     assert effect == pytest.approx(-72.5 / 75) and -1 <= low < effect < high <= -0.9
@@ -148,9 +161,13 @@ def test_the_same_seeds_are_compared_one_by_one():
 
 def test_a_verdict_names_the_tasks_that_it_rests_on():
     clear, open_, pooled = (-0.5, -0.6, -0.4), (0.0, -0.1, 0.1), (-0.25, -0.3, -0.2)
-    assert report.rests_on({"a": clear, "b": open_, "pooled": pooled}) == ", shown on a only"
+    assert (
+        report.rests_on({"a": clear, "b": open_, "pooled": pooled}) == ", shown on a only"
+    )
     assert report.rests_on({"a": clear, "b": clear, "pooled": clear}) == ""
-    assert report.rests_on({"a": clear, "b": open_, "pooled": open_}) == ""  # does not matter
+    assert (
+        report.rests_on({"a": clear, "b": open_, "pooled": open_}) == ""
+    )  # does not matter
 
 
 def test_the_table_of_a_claim(tmp_path, monkeypatch):
@@ -183,7 +200,10 @@ def test_the_table_of_a_claim(tmp_path, monkeypatch):
     assert row.endswith("**−50 % [−50 %, −50 %]** | matters |")
     write(claims.HALF_CHEETAH, "base", 60.0, 10)  # these seeds are bad ones for both
     row = next(line for line in report.claims() if line.startswith("| advantages not"))
-    assert "HalfCheetah-v5: 0 % [0 %, 0 %]; LunarLander-v3: −50 % [−50 %" in row.split(" | ")[2]
+    assert (
+        "HalfCheetah-v5: 0 % [0 %, 0 %]; LunarLander-v3: −50 % [−50 %"
+        in row.split(" | ")[2]
+    )
     text = "\n".join(report.claims())
     assert "reaches 60 with seeds 1 to 5, 93 with seeds 6 to 20." in text
 
@@ -215,7 +235,9 @@ def made_up(tmp_path, monkeypatch):
     for run in claims.STUDIES["claims"]:
         arm = run.label.split("--")[1]
         score = ODD.get(arm, 110.0)
-        clip = float(arm.removeprefix("plain-clip-")) if arm.startswith("plain-clip-") else 0.2
+        clip = (
+            float(arm.removeprefix("plain-clip-")) if arm.startswith("plain-clip-") else 0.2
+        )
         metrics = {"approx_kl": [0.6 * clip**2] * 50, "entropy": [1.0] * 50}
         for epoch in (1, 2, 5, 10, 20, 50, 100):
             for name in ("approx_kl", "clipfrac", "max_ratio_dev"):
@@ -239,7 +261,14 @@ def test_every_claim_is_decided_and_drawn(made_up):
     report.claims_figure()
     report.claim_figures()
     drawn = {path.stem.removeprefix("claim-") for path in made_up.glob("claim-*.svg")}
-    assert drawn == {"clip-kl", "epochs", "entropy", "hundred-epochs", "kl-penalty", "ladder"} | {
+    assert drawn == {
+        "clip-kl",
+        "epochs",
+        "entropy",
+        "hundred-epochs",
+        "kl-penalty",
+        "ladder",
+    } | {
         "lambda",
         "overfit",
     }
@@ -277,7 +306,10 @@ def test_the_best_penalty_of_a_task_waits_for_all_its_penalties(made_up):
     (made_up / "claims" / f"{claims.HALF_CHEETAH}--plain-kl-penalty-0.3-5.json").unlink()
     effects, missing = report.claim_effects(claim)["best KL penalty"]
     assert set(effects) == {claims.LUNAR, "pooled"} and missing == 1
-    assert report.decision(claim)[0] == "best KL penalty: +2 % [+2 %, +2 %] (only LunarLander-v3)"
+    assert (
+        report.decision(claim)[0]
+        == "best KL penalty: +2 % [+2 %, +2 %] (only LunarLander-v3)"
+    )
 
 
 def test_a_claim_about_mujoco_is_not_decided_without_it(made_up):
