@@ -211,9 +211,11 @@ class Agent(nn.Module):
 
     def features(self, obs):
         """Observations (B, 4, 84, 84), uint8 → x (B, 512), float32."""
-        obs = obs.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # channels_last is another order in memory: convolutions on a CPU are twice as fast.
+        pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(obs.float() / 255).float()
+            return self.network(pixels).float()
 
     def act(self, x, greedy=False):
         """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
@@ -349,14 +351,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
                 epoch_kl = average(torch.tensor(epoch_kl, device=device)).item()
             if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
+
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
-        # Adds returns and times:
-        metrics = run.log(iteration, metrics, rewards, new_game)
+        metrics = run.log(iteration, metrics, rewards, new_game)  # adds scores
         if iteration % run.save_every == 0 or iteration == iterations:
             run.save(iteration, agent, optimizer)
         if after_iteration is not None:

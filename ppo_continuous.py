@@ -393,8 +393,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
-        # Adds returns and times:
-        metrics = run.log(iteration, metrics, rewards, done, reset)
+        metrics = run.log(iteration, metrics, rewards, done, reset)  # adds returns
         if iteration % run.save_every == 0 or iteration == iterations:
             run.save(iteration, agent, optimizer)
         if after_iteration is not None:
