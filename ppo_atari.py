@@ -316,8 +316,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
 
         r = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
-        # After no_future, V counts as 0. FIRE and resets get advantages, too, but do no harm:
-        # (gae) was cut by done in the step before, and they are dropped below.
+        # After no_future, V counts as 0. FIRE and resets get advantages, too, but these go
+        # nowhere: done in the step before cuts (gae), and they are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {

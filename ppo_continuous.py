@@ -350,8 +350,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         if args.norm_reward:  # its statistics may move first: rewards are scaled only once
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
-        # After no_future, V counts as 0. Steps that only reset get advantages, too, but do no
-        # harm: (gae) was cut by done in the step before, and they are dropped below.
+        # After no_future, V counts as 0. Steps that only reset get advantages, too, but
+        # these go nowhere: done in the step before cuts (gae), and they are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
