@@ -8,6 +8,8 @@
 In this order: flags, equations, agent, training. What follows training is tooling.
 Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch; observations of D numbers.
+The N environments never stop: the step after an episode's end ignores its action and only
+resets, with reward 0 and the next episode's first state. Nothing is learned from it.
 """
 
 import csv
@@ -84,8 +86,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them). Of the steps
-    after the last one nothing is known but V(s_T), which δ counts; so Â_T is 0.
+    time limit truncated it (rewards would have followed: V stands for them). Of what comes
+    after the rollout only V(s_T) is known, and δ has it already; so Â_T is 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -147,8 +149,8 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average; as it is
-        # never negative, it has less noise.
+        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average. It cancels
+        # most of the noise: for ρ near 1, each term of (k3) is small and none is negative.
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
@@ -344,12 +346,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             drift = log_probs - ref_log_probs  # on average KL(π, π_ref)
             r = r - args.kl_coef * drift * valid
         if args.norm_reward:
-            stats = agent.return_stats  # may move before use: rewards are scaled only once
+            # Updates the statistics, then scales: each reward is scaled only once.
+            stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
         # Where an episode has no future, V(s_{t+1}) counts as 0. Steps that only reset get
-        # advantages, too, but these go nowhere: done in the step before cuts (gae), and
-        # they are dropped below.
+        # advantages, too, but no other step sees these, since (gae) stops at done[t − 1].
+        # They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -369,8 +372,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         logs = []
         for _ in range(args.update_epochs):
             # T * N row numbers, since torch.compile wants minibatches of one size: rows
-            # come again in place of those dropped. No two resets follow each other, so at
-            # worst (T = 3: reset, step, reset) a third is left, and 3 copies are enough.
+            # come again in place of those dropped. As T >= 2 and no two resets follow each
+            # other, at least a third is left (T = 3: reset, step, reset): 3 copies do.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
@@ -381,7 +384,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             epoch_kl = np.mean([log["approx_kl"] for log in logs[-args.num_minibatches :]])
             if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
-        if args.norm_obs:  # only now, so that policy and update have seen the same x
+        if args.norm_obs:  # only now, so that policy and all epochs have seen the same x
             agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
         check_finite(agent, iteration)
@@ -391,7 +394,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             "kl_reference": drift[valid].mean().item() if reference else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
-        metrics = run.log(iteration, metrics, rewards, done, reset)  # adds returns
+        metrics = run.log(iteration, metrics, rewards, done, reset)  # adds scores
         if iteration % run.save_every == 0 or iteration == iterations:
             run.save(iteration, agent, optimizer)
         if after_iteration is not None:
@@ -526,11 +529,12 @@ class Run:
         if self.args.track:
             import wandb  # only here, since it is slow to import
 
-            can_log = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+            # With WANDB_MODE or a login, wandb chooses the mode (None); else offline.
+            decided = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
             name = self.directory.resolve().name
             run = {"id": name, "name": name, "resume": "allow"}  # same id: same run
             run |= {"dir": self.directory, "config": vars(self.args)}
-            self.wandb = wandb.init(**run, mode=None if can_log else "offline")
+            self.wandb = wandb.init(**run, mode=None if decided else "offline")
             self.opened.callback(self.wandb.finish)
 
     def log(self, iteration, metrics, rewards, done, reset):
@@ -675,7 +679,7 @@ def check_finite(agent, iteration):
 def check(args):
     """Raises UsageError if a flag makes no sense."""
     ranges = {"gamma": (0, 1), "gae_lambda": (0, 1)}
-    ranges["num_steps"] = (2, math.inf)  # of one step each, all could be resets
+    ranges["num_steps"] = (2, math.inf)  # a single step could be a reset everywhere
     positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
     ranges |= dict.fromkeys(positive.split(), (1, math.inf))
     for name, value in vars(args).items():

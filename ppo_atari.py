@@ -9,6 +9,8 @@
 In this order: flags, equations, agent, training. What follows training is tooling.
 Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch.
+The N environments never stop: the step after an episode's end ignores its action and only
+resets, with reward 0 and the next episode's first state. Nothing is learned from it.
 """
 
 import csv
@@ -94,8 +96,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them). Of the steps
-    after the last one nothing is known but V(s_T), which δ counts; so Â_T is 0.
+    time limit truncated it (rewards would have followed: V stands for them). Of what comes
+    after the rollout only V(s_T) is known, and δ has it already; so Â_T is 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -158,8 +160,8 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average; as it is
-        # never negative, it has less noise.
+        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average. It cancels
+        # most of the noise: for ρ near 1, each term of (k3) is small and none is negative.
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
@@ -198,6 +200,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
+        # 84 x 84 pixels become 20 x 20, then 9 x 9, then 7 x 7.
         self.network = nn.Sequential(
             orthogonal(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -299,12 +302,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-        # 1. Rollout: the policy plays T steps in N environments. After done, the next
-        # action is not the policy's: AtariGames presses FIRE in its place, or the game
-        # starts anew and ignores it.
+        # 1. Rollout: the policy plays T steps in N environments. After a lost life, many
+        # games wait for the button FIRE, so AtariGames presses it in place of the policy's
+        # action. After the end of a game, the next step only resets. valid tells which
+        # actions were the policy's.
         obs[0] = obs[T]  # continue where the last rollout ended
-        # The outer autocast is off and changes no result. But as long as it is open, the
-        # one in features keeps its bfloat16 copies of the weights for all steps.
+        # The autocast in features makes bfloat16 copies of the weights, which are dropped
+        # when the outermost autocast closes. This one, itself off, keeps them for all steps.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t])
@@ -324,8 +328,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
         r = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
         # Where an episode has no future, V(s_{t+1}) counts as 0. FIRE and resets get
-        # advantages, too, but these go nowhere: done in the step before cuts (gae), and
-        # they are dropped below.
+        # advantages, too, but no other step sees these, since (gae) stops at done[t − 1].
+        # They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -345,7 +349,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         logs = []
         for _ in range(args.update_epochs):
             # T * N row numbers, since torch.compile wants minibatches of one size: rows
-            # come again in place of those dropped. More than a third is left: 3 copies do.
+            # come again in place of those dropped. Lives last many steps, so these are few,
+            # and 3 copies are more than enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
@@ -567,11 +572,12 @@ class Run:
         if self.args.track:
             import wandb  # only here, since it is slow to import
 
-            can_log = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+            # With WANDB_MODE or a login, wandb chooses the mode (None); else offline.
+            decided = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
             name = self.directory.resolve().name
             run = {"id": name, "name": name, "resume": "allow"}  # same id: same run
             run |= {"dir": self.directory, "config": vars(self.args)}
-            self.wandb = wandb.init(**run, mode=None if can_log else "offline")
+            self.wandb = wandb.init(**run, mode=None if decided else "offline")
             self.opened.callback(self.wandb.finish)
 
     def log(self, iteration, metrics, rewards, new_game):
@@ -735,7 +741,7 @@ def check_finite(agent, iteration):
 def check(args):
     """Raises UsageError if a flag makes no sense."""
     ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "sticky_actions": (0, 1)}
-    ranges["num_steps"] = (8, math.inf)  # of fewer, all could be FIRE or resets
+    ranges["num_steps"] = (8, math.inf)  # a few steps could all be FIRE or resets
     ranges["max_episode_frames"] = (400, math.inf)  # no-ops at the start count, too
     positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
     ranges |= dict.fromkeys(positive.split(), (1, math.inf))
