@@ -308,7 +308,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # actions were the policy's.
         obs[0] = obs[T]  # continue where the last rollout ended
         # The autocast in features makes bfloat16 copies of the weights, which are dropped
-        # when the outermost autocast closes. This one, itself off, keeps them for all steps.
+        # when the outermost autocast ends. This one, itself off, keeps them for all steps.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t])

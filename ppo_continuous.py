@@ -7,7 +7,8 @@
 
 In this order: flags, equations, agent, training. What follows training is tooling.
 Names in parentheses, like (gae), mark equations; the project's README explains each.
-Shapes: T steps of N environments; B rows of a batch; observations of D numbers, actions of A.
+Shapes: T steps of N environments; B rows of a batch; observations of D numbers,
+actions of A numbers.
 The N environments never stop: the step after an episode's end ignores its action and only
 resets, with reward 0 and the next episode's first state. Nothing is learned from it.
 """
