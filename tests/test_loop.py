@@ -546,19 +546,19 @@ def test_two_tracked_runs_in_one_process_are_two_runs(script, tmp_path, fake_wan
 
 
 @pytest.mark.slow
-def test_compiled_training_equals_eager_and_compiles_once(script, tmp_path, monkeypatch):
+def test_compiled_training_equals_eager_and_compiles_once(script, tmp_path):
     """One graph for the gradient, though the learning rate changes and rows are dropped."""
     dynamo = torch._dynamo
     dynamo.reset()
     dynamo.utils.counters.clear()  # other tests of this process count too
-    monkeypatch.setattr(dynamo.config, "error_on_recompile", True)
     eager = outcome(train(script, tmp_path))[0]
-    compiled, graphs = [], []
+    graphs = []
 
     def count(agent, metrics):
         graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
 
-    run_dir = train(script, tmp_path, after_iteration=count, compile=True)
+    with dynamo.config.patch(error_on_recompile=True):
+        run_dir = train(script, tmp_path, after_iteration=count, compile=True)
     compiled = outcome(run_dir)[0]
     for one, other in zip(eager, compiled, strict=True):
         for name in ("policy_loss", "value_loss", "entropy", "grad_norm", "approx_kl"):
