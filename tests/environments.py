@@ -14,9 +14,12 @@ from gymnasium.vector import AutoresetMode
 
 
 class Stub(gym.Env):
-    """Episodes of a few steps with reward 1; the spaces come from the registration."""
+    """Episodes of `length` steps with reward 1, or endless ones; the spaces come from the
+    registration. A step takes $SLOW seconds, so that a test can stop it."""
 
-    def __init__(self, observations=None, actions=None, length=5):
+    metadata = {"render_modes": []}
+
+    def __init__(self, observations=None, actions=None, length=5, render_mode=None):
         self.observation_space = observations or gym.spaces.Box(-1, 1, (2,))
         self.action_space = actions or gym.spaces.Discrete(2)
         self.length, self.steps = length, 0
@@ -29,39 +32,23 @@ class Stub(gym.Env):
         return self.observation_space.sample(), {}
 
     def step(self, action):
+        time.sleep(float(os.environ.get("SLOW", 0)))
         self.steps += 1
         return self.observation_space.sample(), 1.0, self.steps == self.length, False, {}
 
 
-class NanReward(Stub):
-    """A Stub whose reward is not a number after good_steps steps of all its instances."""
+class Faulty(Stub):
+    """A Stub that after good_steps steps of all instances has rewards that are not numbers,
+    or fails."""
 
-    good_steps = 0
+    good_steps, fails = 0, False
 
     def step(self, action):
-        NanReward.good_steps -= 1
+        Faulty.good_steps -= 1
         observation, reward, *rest = super().step(action)
-        return observation, reward if NanReward.good_steps >= 0 else float("nan"), *rest
-
-
-class Slow(Stub):
-    """A Stub whose every step takes $SLOW seconds, so that a test can stop it."""
-
-    def step(self, action):
-        time.sleep(float(os.environ.get("SLOW", 0)))
-        return super().step(action)
-
-
-class Broken(Stub):
-    """A Stub that fails in its 100th step, for a reason of its own."""
-
-    total = 0
-
-    def step(self, action):
-        Broken.total += 1
-        if Broken.total == 100:
+        if Faulty.good_steps < 0 and Faulty.fails:
             raise RuntimeError("the environment is broken")
-        return super().step(action)
+        return observation, reward if Faulty.good_steps >= 0 else float("nan"), *rest
 
 
 class Ring(gym.Env):
@@ -86,26 +73,20 @@ class Ring(gym.Env):
         return self.state, reward, self.terminal and self.state == 0, False, {}
 
 
-class Mixed(Ring):
-    """A Ring whose observation is a Dict of a matrix and a Tuple of discrete values."""
+class Sides(gym.Env):
+    """Ten steps; the action that has the number of the state pays 1, another nothing."""
 
-    observation_space = gym.spaces.Dict(
-        {
-            "matrix": gym.spaces.Box(-1, 1, (2, 2)),
-            "tuple": gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.MultiBinary(2)]),
-        }
-    )
-
-    def observe(self):
-        values = (self.state, np.array([0, 1], np.int8))
-        return {"matrix": np.eye(2, dtype=np.float32), "tuple": values}
+    observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.observe(), {}
+        self.steps, self.state = 0, int(self.np_random.integers(2))
+        return self.state, {}
 
     def step(self, action):
-        return self.observe(), *super().step(action)[1:]
+        reward = float(action == self.state)
+        self.steps, self.state = self.steps + 1, int(self.np_random.integers(2))
+        return self.state, reward, self.steps == 10, False, {}
 
 
 class Marathon(gym.Env):
@@ -129,22 +110,6 @@ class Marathon(gym.Env):
         self.steps += 1
         ended = self.steps == self.length
         return self.observe(), 7.0 * ended, ended, False, {}
-
-
-class Blind(Stub):
-    """A Stub that takes a render mode, but has none."""
-
-    metadata = {"render_modes": []}
-
-    def __init__(self, render_mode=None):
-        super().__init__()
-
-
-class Endless(Stub):
-    """Never ends."""
-
-    def step(self, action):
-        return self.observation_space.sample(), 1.0, False, False, {}
 
 
 class Bandit(gym.Env):
@@ -181,14 +146,11 @@ def register(name, make, **options):
 
 register("Stub", Stub)
 register("StubShort", Stub, kwargs={"length": 1})
-register("NanReward", NanReward)
-register("Slow", Slow)
-register("Broken", Broken)
-register("Endless", Endless)
-register("Blind", Blind)
+register("Endless", Stub, kwargs={"length": None})
+register("Faulty", Faulty)
 register("Ring", Ring, max_episode_steps=4)
 register("RingTerminal", Ring, kwargs={"terminal": True})
-register("Mixed", Mixed, max_episode_steps=4)
+register("Sides", Sides)
 register("Marathon", Marathon)
 register("Pole", CartPoleEnv, max_episode_steps=60)
 gym.register("Bandit-v0", Bandit)
@@ -210,14 +172,16 @@ def register_spaces(name, observations=None, actions=None):
 
 
 BOX = gym.spaces.Box(-1, 1, (2,))
+TUPLE = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.MultiBinary(2)])
+MATRIX = gym.spaces.Box(-1, 1, (2, 2))
+register_spaces("Mixed", gym.spaces.Dict({"matrix": MATRIX, "tuple": TUPLE}))
 register_spaces("MultiDiscrete", actions=gym.spaces.MultiDiscrete([2, 3]))
 register_spaces("FromOne", actions=gym.spaces.Discrete(2, start=1))
 register_spaces("Integers", actions=gym.spaces.Box(0, 3, (2,), np.int64))
 register_spaces("Empty", actions=gym.spaces.Box(-1, 1, (0,)))
 for suffix, actions in ("", None), ("Box", BOX):
-    graph = gym.spaces.Graph(BOX, None)
     register_spaces(f"Sequence{suffix}", gym.spaces.Sequence(BOX), actions)
-    register_spaces(f"Graph{suffix}", graph, actions)
+    register_spaces(f"Graph{suffix}", gym.spaces.Graph(BOX, None), actions)
     settings = {"vector_entry_point": same_step_vector, "kwargs": {"actions": actions}}
     gym.register(f"SameStep{suffix}-v0", Stub, **settings)
 
