@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    SMALL,
     STEPS,
     as_flags,
     column,
@@ -73,12 +74,8 @@ def test_saving_changes_nothing(script, tmp_path):
         assert equal(load(often)[part], load(never)[part])
 
 
-def test_checkpoints_are_written_as_often_as_asked_for(script, tmp_path, monkeypatch):
-    saved, save = [], script.Run.save
-    spy = lambda run, iteration, *more: (
-        saved.append(iteration) or save(run, iteration, *more)
-    )
-    monkeypatch.setattr(script.Run, "save", spy)
+def test_checkpoints_are_written_as_often_as_asked_for(script, tmp_path, record):
+    saved = record(script.Run, "save")
     for save_every, expected in (
         (2, [0, 2, 4, 5]),
         (100, [0, 5]),
@@ -86,7 +83,7 @@ def test_checkpoints_are_written_as_often_as_asked_for(script, tmp_path, monkeyp
     ):
         saved.clear()
         train(script, tmp_path, total_timesteps=5 * STEPS, save_every=save_every)
-        assert saved == expected
+        assert [iteration for (_, iteration, *_), _ in saved] == expected
     run = script.Run(make_args(script, total_timesteps=1000 * STEPS))
     assert run.save_every == 50  # a twentieth of the run
 
@@ -106,9 +103,7 @@ def test_a_resumed_run_has_all_that_was_learned(script, tmp_path, started):
 
 
 @pytest.mark.parametrize(("save_every", "crash_at"), [(2, 5), (100, 3)])
-def test_a_resumed_log_begins_as_the_uninterrupted_ones_and_is_whole(
-    script, tmp_path, save_every, crash_at
-):
+def test_a_resumed_log_is_whole(script, tmp_path, save_every, crash_at):
     """Also without any checkpoint but the one before the first iteration."""
     flags = {"total_timesteps": 8 * STEPS, "save_every": save_every}
     whole = outcome(train(script, tmp_path / "whole", **flags))
@@ -171,11 +166,8 @@ def test_long_episodes_without_a_registered_limit_reach_their_end(script, tmp_pa
 @pytest.mark.parametrize("how", ["shorter", "missing"])
 def test_a_run_that_lost_rows_is_refused(script, tmp_path, call, name, how):
     run_dir = train(script, tmp_path)
-    log = run_dir / name
-    if how == "missing":
-        log.unlink()
-    else:
-        log.write_bytes(log.read_bytes()[:-5])
+    log, whole = run_dir / name, (run_dir / name).read_bytes()
+    log.unlink() if how == "missing" else log.write_bytes(whole[:-5])
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     status, output, message = call(script, "--resume", run_dir)
     assert status == 2 and not output and name in message and message.count("\n") == 1
@@ -196,89 +188,65 @@ def wait_for_rows(program, folder, count):
     return only_run(folder)
 
 
-def check_whole(run_dir, iterations, kept):
-    """No row is missing or double; rows up to the checkpoint are still the same."""
-    metrics, episodes = outcome(run_dir)
-    assert [int(row["iteration"]) for row in metrics] == list(range(1, iterations + 1))
-    assert metrics[: len(kept)] == kept
-    assert sum(column(run_dir, "episodes")) == len(episodes) > 0
-    assert load(run_dir)["iteration"] == iterations
+def cases(*fast):
+    """Each script with its modes; all but the fast ones are marked as slow."""
+    modes = [(ppo, "sync"), (ppo, "async"), (ppo_continuous, "async"), (ppo_atari, None)]
+    marks = [() if case in fast else pytest.mark.slow for case in modes]
+    cases = [pytest.param(*case, marks=mark) for case, mark in zip(modes, marks)]
+    return pytest.mark.parametrize(("script", "mode"), cases)
 
 
-def slow(*values, **options):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def real_flags(script, mode, name, iterations=12):
+    """Of a run by the real program; ppo_atari.py plays a real game."""
+    flags = {"env_id": f"environments:{env_id(script, name)}", "vectorization_mode": mode}
+    flags |= SMALL | {"save_every": 3, "total_timesteps": iterations * STEPS}
+    if script is ppo_atari:
+        del flags["vectorization_mode"]
+        flags |= {"env_id": "Pong", "max_episode_frames": 400, "bf16": "off"}
+        flags |= {"num_steps": 64, "total_timesteps": iterations * 128}
+    return flags
 
 
-REAL = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2}
-PONG = {"env_id": "Pong", "max_episode_frames": 400, "bf16": "off", "num_steps": 64}
-
-
-@pytest.mark.parametrize(
-    ("script", "mode"),
-    [
-        (ppo, "sync"),
-        slow(ppo, "async"),
-        slow(ppo_continuous, "sync"),
-        slow(ppo_atari, None),
-    ],
-)
+@cases((ppo, "sync"))
 def test_a_run_killed_at_a_random_moment_goes_on(tmp_path, start, finish, script, mode):
     """By the command that it printed. Rows up to its checkpoint are as in any such run."""
-    flags = {"env_id": f"environments:{env_id(script, 'Pole')}", **REAL, "save_every": 3}
-    flags |= PONG if script is ppo_atari else {"vectorization_mode": mode}
-    flags["total_timesteps"] = 30 * flags["num_envs"] * flags["num_steps"]
-    whole = start(script, *as_flags(flags), "--runs-dir=whole")
+    flags = real_flags(script, mode, "Pole")
     killed = start(script, *as_flags(flags), "--runs-dir=killed runs")
-    run_dir = wait_for_rows(killed, tmp_path / "killed runs", 5)
+    run_dir = wait_for_rows(killed, tmp_path / "killed runs", 4)
     time.sleep(random.random() * 0.1)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     output, _ = killed.communicate()
-    assert whole.wait(timeout=300) == 0
-    done = load(run_dir)["iteration"]
-    kept = outcome(only_run(tmp_path / "whole"))[0][:done]
-    assert outcome(run_dir)[0][:done] == kept and done % 3 == 0 and done >= 3
+    done, whole = load(run_dir)["iteration"], outcome(train(script, tmp_path, **flags))[0]
+    assert outcome(run_dir)[0][:done] == whole[:done] and done % 3 == 0 and done >= 3
 
     command = shlex.split(output.split("To continue: ")[1])
     assert command[:2] == ["python", script.SCRIPT] and "killed runs" in command[3]
     status, _, errors = finish(script, *command[2:])
     assert status == 0, errors
     metrics, episodes = outcome(run_dir)
-    assert [int(row["iteration"]) for row in metrics] == list(range(1, 31))
-    assert metrics[:done] == kept
+    assert [int(row["iteration"]) for row in metrics] == list(range(1, 13))
+    assert metrics[:done] == whole[:done]
     assert sum(column(run_dir, "episodes")) == len(episodes) > 0
-    assert load(run_dir)["iteration"] == 30
+    assert load(run_dir)["iteration"] == 12
 
 
+@cases((ppo, "sync"), (ppo, "async"))
 @pytest.mark.parametrize(
-    ("script", "mode"),
-    [(ppo, "sync"), (ppo, "async"), slow(ppo_continuous, "async"), slow(ppo_atari, None)],
+    "number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"]
 )
-def test_ctrl_c_ends_a_run_quietly_with_status_130(tmp_path, start, script, mode):
-    """In a terminal it reaches the workers of async environments, too. None stays."""
-    flags = {"env_id": f"environments:{env_id(script, 'Slow')}", **REAL}
-    flags |= PONG if script is ppo_atari else {"vectorization_mode": mode}
+def test_a_stopped_run_leaves_no_worker(tmp_path, start, script, mode, number):
+    """Ctrl-C ends it without a traceback, with status 130. In a terminal it reaches the
+    workers of async environments, too."""
+    flags = real_flags(script, mode, "Stub", iterations=1000)
     program = start(script, *as_flags(flags), variables={"SLOW": "0.005"})
-    run_dir = wait_for_rows(program, tmp_path / "runs", 2)
-    os.killpg(program.pid, signal.SIGINT)
-    output, errors = program.communicate(timeout=60)
-    assert program.returncode == 130
-    assert f'{script.SCRIPT}", line' not in errors, errors
-    if mode != "async":  # gymnasium may tell how a worker ended
-        assert "Traceback" not in errors, errors
-    assert load(run_dir)["iteration"] >= 0
-    with pytest.raises(ProcessLookupError):  # the group is empty in the end
-        while True:
-            os.killpg(program.pid, 0)
-            time.sleep(0.01)
-
-
-def test_workers_end_when_their_run_is_killed(tmp_path, start):
-    flags = {"env_id": "environments:Slow-v0", **REAL, "vectorization_mode": "async"}
-    program = start(ppo, *as_flags(flags), variables={"SLOW": "0.005"})
-    wait_for_rows(program, tmp_path / "runs", 1)
-    os.kill(program.pid, signal.SIGKILL)
-    program.communicate(timeout=60)  # which waits until no worker has the pipes open
-    assert program.returncode == -signal.SIGKILL
+    wait_for_rows(program, tmp_path / "runs", 2)
+    os.killpg(program.pid, number) if number == signal.SIGINT else program.kill()
+    _, errors = program.communicate(timeout=60)  # when nobody has the pipes open any more
+    assert program.returncode == (130 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert f'{script.SCRIPT}", line' not in errors, errors
+        # Gymnasium may tell how a worker ended.
+        assert "Traceback" not in errors or mode == "async", errors
 
 
 def test_a_run_can_be_resumed_as_soon_as_it_says_how(script, tmp_path, capsys, monkeypatch):
@@ -292,9 +260,7 @@ def test_a_run_can_be_resumed_as_soon_as_it_says_how(script, tmp_path, capsys, m
         assert len(outcome(resume(script, only_run(tmp_path)))[0]) == 4
 
 
-def test_a_tracked_run_goes_on_under_its_name(
-    script, tmp_path, monkeypatch, fake_wandb, call
-):
+def test_a_tracked_run_keeps_its_name(script, tmp_path, monkeypatch, fake_wandb, call):
     """Also when resumed from within its directory."""
     run_dir = crash(script, tmp_path / "runs", 3, track=True, save_every=2)
     monkeypatch.chdir(run_dir)
