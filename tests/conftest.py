@@ -78,19 +78,15 @@ def copy(value):
         return {name: copy(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return tuple(copy(item) for item in value)
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return value.detach().clone() if torch.is_tensor(value) else value
 
 
 def equal(first, second):
-    """Whether nested dicts and lists are equal, tensors bit for bit."""
+    """Whether nested dicts and tensors are equal, bit for bit."""
     if isinstance(first, dict):
         same = first.keys() == second.keys()
         return same and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return (
-        torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
-    )
+    return torch.equal(first, second) if torch.is_tensor(first) else first == second
 
 
 def flag(name):
@@ -104,9 +100,8 @@ def as_flags(settings):
 
 def make_pictures(args, in_colour=False):
     """In place of ppo_atari.make_envs: the small environments as pictures."""
-    return environments.Pictures(
-        ppo.make_envs(ppo.Args(args.env_id, num_envs=args.num_envs))
-    )
+    envs = ppo.make_envs(ppo.Args(args.env_id, num_envs=args.num_envs))
+    return environments.Pictures(envs)
 
 
 def numbers(batch):

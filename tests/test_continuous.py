@@ -1,7 +1,6 @@
 """What ppo_continuous.py does differently: Gaussian policy, action map, new advantages."""
 
 import copy
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, outcome, read, train
+from conftest import make_args, outcome, train
 
 import ppo_continuous as ppo
 
@@ -45,32 +44,6 @@ def test_log_probability_and_entropy_are_those_of_a_diagonal_gaussian():
     log_probs, entropy = agent.evaluate_actions(x, actions)
     torch.testing.assert_close(log_probs, expected.log_prob(actions).sum(-1))
     torch.testing.assert_close(entropy, expected.entropy().sum(-1))
-
-
-def test_gradients_of_the_loss_are_right():
-    agent = make_agent(box([-1] * 2, [1] * 2)).double()
-    args = ppo.Args(ent_coef=0.1, max_grad_norm=math.inf)
-    names = ("old_log_probs", "old_values", "returns", "advantages")
-    batch = dict(zip(names, torch.randn(4, 6).double()))
-    batch |= {"x": torch.randn(6, 3).double(), "actions": torch.randn(6, 2).double()}
-    batch["old_log_probs"] -= 2
-
-    ppo.compute_gradient(agent, batch, args)
-    actor, critic = agent.actor, agent.critic
-    for parameter in (agent.log_std, actor[0].bias, actor[-1].weight, critic[-1].bias):
-        entry = parameter.detach().flatten()[
-            :1
-        ]  # a view: nudge it and see what the loss does
-        numbers = []
-        for step in (1e-6, -2e-6):
-            entry += step
-            numbers.append(ppo.ppo_loss(agent, batch, args)[0].item())
-        entry += 1e-6
-        slope = (numbers[0] - numbers[1]) / 2e-6
-        assert parameter.grad.flatten()[0].item() == pytest.approx(
-            slope, rel=1e-4, abs=1e-8
-        )
-        assert abs(slope) > 1e-6
 
 
 @pytest.mark.parametrize("initial", [-0.5, 0.0, 0.7])
@@ -204,14 +177,11 @@ def test_a_saved_agent_plays_as_well_as_it_did_in_training(tmp_path):
     }
     flags |= {"learning_rate": 3e-3, "seed": 3, "update_epochs": 10, "target_kl": 0.02}
     run_dir = train(ppo, tmp_path, env_id="InvertedPendulum-v5", **flags)
-    returns = [float(row["episodic_return"]) for row in read(run_dir / "episodes.csv")]
-    assert np.mean(returns[:20]) < 20
+    returns = [float(row["episodic_return"]) for row in outcome(run_dir)[1]]
     last = np.mean(returns[-20:])
-    assert last > 300  # it has learned
+    assert np.mean(returns[:20]) < 20 and last > 300  # it has learned
     agent = ppo.load_agent(run_dir)
-    assert agent.obs_stats.count > 30_000
     args = make_args(ppo, env_id="InvertedPendulum-v5", num_envs=16, eval_episodes=3)
-    scores = ppo.evaluate(agent, dataclasses.replace(args, seed=3))
-    assert scores.shape == (16, 3) and scores.mean() > 0.8 * last
+    assert ppo.evaluate(agent, args).mean() > 0.8 * last
     agent.obs_stats.mean += 1  # what lost statistics would do
     assert ppo.evaluate(agent, args).mean() < 0.5 * last

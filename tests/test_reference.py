@@ -40,14 +40,9 @@ def test_drift_is_taken_off_the_rewards(tmp_path, monkeypatch, record):
         return log_probs + 0 * agent.value(x), 0 * agent.value(x)
 
     monkeypatch.setattr(ppo.Agent, "evaluate_actions", evaluate_actions)
-    flags = {
-        "num_steps": 32,
-        "total_timesteps": 128,
-        "kl_coef": 2.0,
-        "reference": str(start),
-    }
+    flags = {"num_steps": 32, "kl_coef": 2.0, "reference": str(start)}
     gaes.clear()
-    run_dir = train(ppo, tmp_path, "Ring", **flags)
+    run_dir = train(ppo, tmp_path, "Ring", **flags, total_timesteps=128)
     rewards = torch.cat([inputs[0][:, 0] for inputs, _ in gaes])
     valid = torch.arange(64) % 5 != 4  # a time limit of 4, then a row that only resets
     expected = torch.tensor([1.0, 2.0, 3.0, 1.0, 0.0] * 13)[:64] - 2 * math.log(2.5) * valid
@@ -56,14 +51,10 @@ def test_drift_is_taken_off_the_rewards(tmp_path, monkeypatch, record):
     assert {row["episodic_return"] for row in read(run_dir / "episodes.csv")} == {"7.0"}
 
 
-def test_without_a_coefficient_the_rewards_are_the_environments_own(
-    tmp_path, record, reference
-):
+def test_without_a_coefficient_rewards_stay(tmp_path, record, reference):
     gaes = record(ppo, "compute_gae")
     run_dir = train(ppo, tmp_path, **FLAGS, reference=str(reference), learning_rate=0.01)
-    rewards = {
-        round(reward, 4) for inputs, _ in gaes for reward in inputs[0].flatten().tolist()
-    }
+    rewards = set(torch.stack([inputs[0] for inputs, _ in gaes]).unique().tolist())
     assert rewards <= {0.0, *environments.Bandit.rewards}
     kl = column(run_dir, "kl_reference")
     assert kl[0] == 0 and all(kl[1:])
