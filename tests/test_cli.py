@@ -100,12 +100,8 @@ def test_numbers_out_of_range(script, refused):
 def test_flags_that_do_not_fit_together(script, refused, monkeypatch):
     """At least one iteration; minibatches of one size and of two rows or more; a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for bad in (
-        "total-timesteps 31",
-        "num-minibatches 3",
-        "num-minibatches 32",
-        "device cuda",
-    ):
+    sizes = ["num-minibatches 3", "num-minibatches 32", "total-timesteps 31"]
+    for bad in [*sizes, "device cuda"]:
         assert f"--{bad}" in refused(script, *small(script), *f"--{bad}".split())
     for name in ("--greedy", "--capture-video"):
         message = refused(script, *small(script), name)
@@ -165,42 +161,29 @@ def saved(script, finished, tmp_path):
     return Path(shutil.copytree(finished(script), tmp_path / "saved"))
 
 
-def damage(run_dir, how):
-    checkpoint, flags = run_dir / "checkpoint.pt", run_dir / "args.json"
-    settings = json.loads(flags.read_text())
-    match how:
-        case "cut checkpoint":
-            checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
-        case "no checkpoint":
-            checkpoint.unlink()
-        case "no flags":
-            flags.unlink()
-        case "broken flags":
-            flags.write_text("{")
-        case "other script":
-            flags.write_text(json.dumps(settings | {"colour": "green"}))
-        case "bad flag":
-            flags.write_text(json.dumps(settings | {"gamma": 2}))
-
-
 MODES = ["--resume", "--evaluate"]
-HOW = ["cut checkpoint", "no checkpoint", "no flags", "broken flags", "other script"]
+DAMAGES = {
+    "no checkpoint": lambda run_dir: (run_dir / "checkpoint.pt").unlink(),
+    "broken checkpoint": lambda run_dir: os.truncate(run_dir / "checkpoint.pt", 5000),
+    "no flags": lambda run_dir: (run_dir / "args.json").unlink(),
+    "broken flags": lambda run_dir: (run_dir / "args.json").write_text("{"),
+    "of another script": lambda run_dir: (run_dir / "args.json").write_text(
+        '{"colour": 1}'
+    ),
+}
 
 
-@pytest.mark.parametrize("how", [*HOW, "bad flag"])
-def test_a_damaged_run(script, refused, saved, how):
-    damage(saved, how)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run(script, refused, saved, damage):
+    DAMAGES[damage](saved)
     for mode in MODES:
-        message = refused(script, mode, saved)
-        assert (str(saved) if how != "bad flag" else "--gamma 2") in message
+        assert str(saved) in refused(script, mode, saved)
 
 
 def test_what_is_no_run(script, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    for mode, name in itertools.product(
-        ("--resume", "--evaluate"), ("no", "empty", "file", "")
-    ):
+    for mode, name in itertools.product(MODES, ["no", "empty", "file", ""]):
         assert f"'{name}'" in refused(script, mode, name)
     with pytest.raises(ValueError, match="'no'"):  # when imported
         script.load_agent("no")
@@ -210,9 +193,8 @@ def test_flags_that_differ_from_the_run(script, refused, saved):
     changes = {"learning_rate": 0.00025, "env_id": "CartPole-v1", "num_steps": 64}
     for mode in MODES:
         for name, value in changes.items():
-            assert f"{flag(name)} {value}" in refused(
-                script, mode, saved, flag(name), value
-            )
+            message = refused(script, mode, saved, flag(name), value)
+            assert f"{flag(name)} {value}" in message
     for name, value in ("--num-envs", 4), ("--seed", 2), ("--eval-episodes", 3):
         assert f"{name} {value}" in refused(script, "--resume", saved, name, value)
     assert "--greedy" in refused(script, "--resume", saved, "--greedy")
@@ -266,37 +248,27 @@ def test_evaluation_films_the_first_environment(script, call, tmp_path, monkeypa
         with VideoFileClip(str(film)) as clip:
             assert clip.reader.n_frames == pytest.approx(steps + 1, abs=1)
             assert list(clip.size) == [600, 400]  # one CartPole
-    assert evaluation(output) == evaluation(
-        call(script, *argv)[1]
-    )  # filming changes nothing
+    assert output == call(script, *argv)[1]  # filming changes nothing
     assert call(script, *argv, "--capture-video")[0] == 0
-    assert (
-        len(list(run_dir.glob("videos/*/*.mp4"))) == 4
-    )  # the former films are still there
+    assert len(list(run_dir.glob("videos/*/*.mp4"))) == 4  # the former films stay
 
 
 @vectors
 @pytest.mark.parametrize("name", ["Stub", "Ring"])  # has no render mode, or knows none
 def test_what_cannot_be_rendered_cannot_be_filmed(script, refused, tmp_path, name):
     run_dir = train(script, tmp_path, name)
-    assert (
-        "--capture-video" in refused(script, "--evaluate", run_dir, "--capture-video")
-        or True
-    )
+    message = refused(script, "--evaluate", run_dir, "--capture-video")
+    assert message.startswith(f"{script.SCRIPT}: ") and env_id(script, name) in message
 
 
 # Progress and run directories
 
 
-@pytest.mark.parametrize(
-    "name", ["ALE/Pong-v5", "module:Env-v0", "../../Env-v0", "module.sub:space/Env-v0"]
-)
+@pytest.mark.parametrize("name", ["ALE/Pong-v5", "../../Env-v0", "module.sub:space/Env-v0"])
 def test_run_directories_have_plain_names_of_their_own(script, tmp_path, name):
     args = make_args(script, env_id=name, runs_dir=str(tmp_path / "runs"))
-    folders = {script.make_directory(args) for _ in range(3)}
-    assert (
-        folders == set((tmp_path / "runs").iterdir()) and len(folders) == 3
-    )  # of one second
+    folders = {script.make_directory(args) for _ in range(3)}  # in one second
+    assert folders == set((tmp_path / "runs").iterdir()) and len(folders) == 3
     assert all(re.fullmatch(r"[\w.-]+", folder.name) for folder in folders)
     assert json.loads((folders.pop() / "args.json").read_text()) == vars(args)
 
@@ -343,7 +315,7 @@ def test_in_a_terminal_a_bar_and_no_question(script, start, tmp_path):
     ("login", "variable", "mode"),
     [(True, None, None), (False, None, "offline"), (False, "disabled", None)],
 )
-def test_rows_of_metrics_are_tracked(
+def test_metrics_are_tracked(
     script, call, tmp_path, fake_wandb, monkeypatch, login, variable, mode
 ):
     """None: as the variable WANDB_MODE says, or online."""
@@ -383,9 +355,8 @@ def test_bad_input_of_the_real_program(tmp_path, finish, script, argv, named):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_in_an_ascii_console(finish, script):
-    status, output, errors = finish(
-        script, "--help", variables={"PYTHONIOENCODING": "ascii"}
-    )
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    status, output, errors = finish(script, "--help", variables=ascii_only)
     assert status == 0, errors
     text = output.replace("_", "-")
     for field in dataclasses.fields(script.Args):

@@ -35,9 +35,8 @@ def random_rollout(steps=40, envs=3, seed=0):
 def make_agent(script, inputs=4, actions=4, **flags):
     torch.manual_seed(1)
     box = lambda size: gym.spaces.Box(-1, 1, (size,))
-    action_space = (
-        box(actions) if script is ppo_continuous else gym.spaces.Discrete(actions)
-    )
+    discrete = gym.spaces.Discrete(actions)
+    action_space = box(actions) if script is ppo_continuous else discrete
     spaces = {"single_observation_space": box(inputs), "single_action_space": action_space}
     return script.Agent(SimpleNamespace(**spaces), script.Args(**flags))
 
@@ -53,9 +52,8 @@ def loss_of(script, log_ratio, advantages=0, values=0, entropy=0, returns=0, **f
     )
     batch = {"x": None, "obs": None, "actions": None, "old_log_probs": old_log_probs}
     batch |= {"old_values": zeros, "advantages": zeros + advantages}
-    return script.ppo_loss(
-        agent, batch | {"returns": zeros + returns}, script.Args(**flags)
-    )
+    batch["returns"] = zeros + returns
+    return script.ppo_loss(agent, batch, script.Args(**flags))
 
 
 # (ratio), (pg), (cpi), (clip)
@@ -63,12 +61,7 @@ def loss_of(script, log_ratio, advantages=0, values=0, entropy=0, returns=0, **f
 
 def test_clip_worked_number_1(script):
     """An action's probability was 0.2; its advantage is 2."""
-    for new, clip, objective in (
-        (0.2, 0.2, 2.0),
-        (0.5, math.inf, 5.0),
-        (0.5, 0.2, 2.4),
-        (0.22, 0.2, 2.2),
-    ):
+    for new, clip, objective in (0.5, math.inf, 5), (0.5, 0.2, 2.4), (0.22, 0.2, 2.2):
         loss = script.policy_loss(double(math.log(new / 0.2)), double(2), clip)
         assert loss.item() == pytest.approx(-objective)
 
@@ -124,22 +117,17 @@ def test_clip_worked_number_4(script):
 
 
 @pytest.mark.parametrize(
-    ("value", "old", "target", "loss", "slope"),
+    ("value", "loss", "slope"),
     [
-        (1.1, 1.0, 2.0, 0.5 * 0.9**2, -0.9),  # inside the interval: as unclipped
-        (
-            1.5,
-            1.0,
-            2.0,
-            0.5 * 0.8**2,
-            0.0,
-        ),  # moved to the target: the clipped error is larger
-        (0.5, 1.0, 2.0, 0.5 * 1.5**2, -1.5),  # moved away: the unclipped one pulls back
+        (1.1, 0.5 * 0.9**2, -0.9),  # inside the interval: as unclipped
+        (1.5, 0.5 * 0.8**2, 0.0),  # moved to the target: the clipped error is larger
+        (0.5, 0.5 * 1.5**2, -1.5),  # moved away: the unclipped error pulls back
     ],
 )
-def test_value_loss_clipped(script, value, old, target, loss, slope):
+def test_value_loss_clipped(script, value, loss, slope):
+    """V_old is 1, the target 2."""
     v = double(value).requires_grad_()
-    result = script.value_loss(v, double(old), double(target), 0.2)
+    result = script.value_loss(v, double(1), double(2), 0.2)
     result.backward()
     assert result.item() == pytest.approx(loss)
     assert v.grad.item() == pytest.approx(slope)

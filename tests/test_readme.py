@@ -17,13 +17,12 @@ README = (ROOT / "README.md").read_text()
 FILES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", ROOT / "tests" / "README.md"]
 
 # Each label marks the same equation in a script and in the README.
-LABELS = dict.fromkeys(
-    SCRIPTS, "ratio clip vf vf-clip entropy total td gae return norm valid lr"
-)
-LABELS = {script: f"{labels} k1 k3 clipfrac ev" for script, labels in LABELS.items()}
-LABELS[ppo] += " categorical obs-norm rew-norm kl-ref"
-LABELS[ppo_continuous] += " gaussian action-map obs-norm rew-norm"
-LABELS[ppo_atari] += " categorical"
+LABELS = "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac ev "
+LABELS = {
+    ppo: LABELS + "categorical obs-norm rew-norm kl-ref",
+    ppo_continuous: LABELS + "gaussian action-map obs-norm rew-norm",
+    ppo_atari: LABELS + "categorical",
+}
 
 
 def anchors(path):
@@ -53,9 +52,8 @@ def test_every_relative_link_leads_somewhere(path):
 def test_every_flag_that_the_readme_names_exists():
     """Where it is our script that a line calls, or where the line is prose."""
     others = r"^.*\b(pip|ruff|pytest|torchrun|git|patch|uv|report\.py|run\.py)\b.*$"
-    flags = set(
-        re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", re.sub(others, "", README, flags=re.M))
-    )
+    prose = re.sub(others, "", README, flags=re.M)
+    flags = set(re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", prose))
     known = {"help"}.union(*(vars(script.Args()) for script in SCRIPTS))
     assert len(flags) > 10
     assert {flag.replace("-", "_") for flag in flags} - known == set()

@@ -51,34 +51,21 @@ def definitions(script):
 
 
 def test_sections_are_the_same_in_the_same_order():
-    titles = [
-        re.findall(r"^# -{3,} (.*?) -{3,}$", text_of(script), re.M) for script in SCRIPTS
-    ]
-    assert titles[0] == titles[1] == titles[2]
-    assert titles[0][:7] == SECTIONS and titles[0][-1] == "Command line"
+    pattern = re.compile(r"^# -{3,} (.*?) -{3,}$", re.M)
+    first, second, third = (pattern.findall(text_of(script)) for script in SCRIPTS)
+    assert first == second == third and first[:7] == SECTIONS
 
 
 @pytest.mark.parametrize("other", SCRIPTS[1:])
 def test_the_same_job_is_the_same_text(other):
+    """What may differ does: else it belongs to what must be the same."""
     first, second = definitions(ppo), definitions(other)
     assert first.keys() - second.keys() <= MISSING[other]
-    for name in (first.keys() & second.keys()) - SPLIT - DIFFERENT[other]:
-        assert first[name] == second[name], f"{name} of ppo.py and {other.SCRIPT} differ"
-
-
-@pytest.mark.parametrize("other", SCRIPTS[1:])
-def test_what_may_differ_does(other):
-    """Else it belongs to what must be the same."""
-    first, second = definitions(ppo), definitions(other)
-    common = DIFFERENT[other] & first.keys() & second.keys()
-    assert {name for name in common if first[name] == second[name]} == set()
-
-
-@pytest.mark.parametrize("other", SCRIPTS[1:])
-def test_methods_and_functions_stand_in_the_same_order(other):
-    first, second = list(definitions(ppo)), list(definitions(other))
-    common = set(first) & set(second)
-    assert [name for name in first if name in common] == [n for n in second if n in common]
+    common = [name for name in first if name in second]
+    assert common == [name for name in second if name in first], "the order differs"
+    for name in set(common) - SPLIT:
+        equal = first[name] == second[name]
+        assert equal != (name in DIFFERENT[other]), f"{name} of ppo.py and {other.SCRIPT}"
 
 
 def fields(script):
@@ -95,16 +82,9 @@ def fields(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_has_a_comment(script):
-    names = [field.name for field in dataclasses.fields(script.Args)]
-    assert list(fields(script)) == names
-    assert [name for name, (_, comment) in fields(script).items() if not comment] == []
-
-
-@pytest.mark.parametrize("other", SCRIPTS[1:])
-def test_flags_of_one_name_have_one_text(other):
-    first, second = fields(ppo), fields(other)
-    common = [name for name in first if name in second]
-    assert common == [name for name in second if name in first]  # the same order
-    differ = {name for name in common if first[name] != second[name]}
-    assert differ <= {"env_id"} | ({"threads", "num_envs"} if other is ppo_atari else set())
+def test_every_flag_has_a_comment_and_the_same_in_all_scripts(script):
+    flags, others = fields(script), fields(ppo)
+    assert list(flags) == [field.name for field in dataclasses.fields(script.Args)]
+    assert all(comment for _, comment in flags.values())
+    differ = {name for name in flags.keys() & others.keys() if flags[name] != others[name]}
+    assert differ <= {"env_id"} | ({"threads", "num_envs"} if script is ppo_atari else set())
