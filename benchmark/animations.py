@@ -1,9 +1,9 @@
 """Makes the animations at the top of the README: agents of the scripts, filmed by --evaluate.
 
-    python benchmark/animations.py    # MuJoCo without a display: MUJOCO_GL=egl or osmesa before it
+    python benchmark/animations.py    # MuJoCo without a display: MUJOCO_GL=egl before it
 
-Trains what is missing in runs/animations/ (about half an hour), films one episode of each agent, or
-several if the pole falls at once, and writes the first seconds to results/NAME.gif.
+Trains what is missing in runs/animations/ (about half an hour), films one episode of each
+agent, or several if the pole falls at once, and writes the first seconds to results/NAME.gif.
 """
 
 import subprocess
@@ -13,20 +13,18 @@ from pathlib import Path
 import gymnasium as gym
 from moviepy import VideoFileClip, concatenate_videoclips
 
-# The same environment, with a camera that follows: gymnasium's own loses sight of a fast agent.
+# The same environment, with a camera that follows: gymnasium's own loses a fast agent.
 HALF_CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
 FILM = {"max_episode_steps": 1000, "kwargs": {"camera_name": "track"}}
 gym.register("HalfCheetahFilm-v5", HALF_CHEETAH, **FILM)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+CHEETAH_FLAGS = "--env-id benchmark.animations:HalfCheetahFilm-v5 --compile"
 AGENTS = {  # name: script, flags
-    "cartpole-before": ("ppo.py", "--total-timesteps 512"),
+    "cartpole-before": ("ppo.py", "--total-timesteps 512"),  # after one update
     "cartpole-after": ("ppo.py", ""),
-    "half-cheetah": (
-        "ppo_continuous.py",
-        "--env-id benchmark.animations:HalfCheetahFilm-v5 --compile",
-    ),
+    "half-cheetah": ("ppo_continuous.py", CHEETAH_FLAGS),
     "breakout": ("ppo_atari.py", "--total-timesteps 1000000"),
 }
 SECONDS = 6

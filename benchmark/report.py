@@ -45,7 +45,14 @@ from claims import (
 )
 from drawing import GREY, new_figure
 from scipy import stats
-from studies import CANDIDATES, DOUBLE_PENDULUM, GIVEN_UP, SELECTION_TASKS, TUNED, TUNED_CHOSEN
+from studies import (
+    CANDIDATES,
+    DOUBLE_PENDULUM,
+    GIVEN_UP,
+    SELECTION_TASKS,
+    TUNED,
+    TUNED_CHOSEN,
+)
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -151,7 +158,9 @@ def column_of(run, table, column="episodic_return"):
 
 def best_evaluation(seeds):
     """Mean and standard deviation over the seeds, at the evaluation with the best mean."""
-    scores = np.array([column_of(run, "evaluations").reshape(10, 10).mean(1) for run in seeds])
+    scores = np.array(
+        [column_of(run, "evaluations").reshape(10, 10).mean(1) for run in seeds]
+    )
     best = scores[:, scores.mean(0).argmax()]
     return best.mean(), best.std(ddof=1) if len(best) > 1 else 0.0
 
@@ -161,7 +170,11 @@ def iqm(scores, axis=-1):
 
 
 def interval(scores):
-    options = {"method": "percentile", "n_resamples": 10_000, "rng": np.random.default_rng(0)}
+    options = {
+        "method": "percentile",
+        "n_resamples": 10_000,
+        "rng": np.random.default_rng(0),
+    }
     return stats.bootstrap((scores,), iqm, **options).confidence_interval
 
 
@@ -193,7 +206,13 @@ def ppo_scores():
 
 
 def continuous_scores():
-    head = ["environment", "seeds", "last 100: interquartile mean [95 %]", "mean ± std", "CleanRL"]
+    head = [
+        "environment",
+        "seeds",
+        "last 100: interquartile mean [95 %]",
+        "mean ± std",
+        "CleanRL",
+    ]
     head += ["best evaluation: mean ± std", "Tianshou", "rl-zoo3", "reloaded / last 100"]
     lines, losses = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
     above, tied, below = [], [], []
@@ -202,7 +221,10 @@ def continuous_scores():
         if len(found) < 2:
             continue
         seeds = found.values()
-        last, (best, deviation) = np.array([last_100(run) for run in seeds]), best_evaluation(seeds)
+        last, (best, deviation) = (
+            np.array([last_100(run) for run in seeds]),
+            best_evaluation(seeds),
+        )
         reloaded = np.array([column_of(run, "reloaded").mean() for run in seeds])
         losses += list((last - reloaded) / abs(last))
         digits = 1 if abs(last.mean()) < 500 else 0
@@ -216,23 +238,36 @@ def continuous_scores():
             len(last),
             f"**{number(iqm(last), digits)}** {interval_text}",
         ]
-        cells += [f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}", cleanrl]
-        cells += [f"**{number(best, digits)}** ± {number(deviation, digits)}", tianshou, rl_zoo3]
+        cells += [
+            f"{number(last.mean(), digits)} ± {number(last.std(ddof=1), digits)}",
+            cleanrl,
+        ]
+        cells += [
+            f"**{number(best, digits)}** ± {number(deviation, digits)}",
+            tianshou,
+            rl_zoo3,
+        ]
         cells.append(number(reloaded.mean() / last.mean(), 2))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     reached = f"By the mean, our best evaluation is above Tianshou's on {len(above)} tasks "
     reached += f"({', '.join(above)}), "
     reached += f"tied with it on {len(tied)} ({', '.join(tied)}), "
     reached += f"and below it on {len(below)} ({', '.join(below)})."
-    worst = f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%}".replace(
-        "%", " %"
+    worst = (
+        f"The worst of the {len(losses)} reloaded agents scored {max(losses):.0%}".replace(
+            "%", " %"
+        )
     )
     return [*lines, "", reached, f"{worst} below its last 100 episodes."]
 
 
 def continuous_sb3():
     ours, theirs = runs("continuous"), runs("continuous-sb3")
-    programs = ["ppo_continuous.py", "stable-baselines3", "stable-baselines3, rl-zoo3's flags"]
+    programs = [
+        "ppo_continuous.py",
+        "stable-baselines3",
+        "stable-baselines3, rl-zoo3's flags",
+    ]
     measures = ["last 100", "best evaluation"]
     heads = [f"{name}: {measure}" for name in programs for measure in measures]
     lines = [f"| environment | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -285,7 +320,10 @@ def atari_bf16():
             continue
         last = [last_100(run) for run in seeds]
         overall = [column_of(run, "episodes").mean() for run in seeds]
-        means = [f"**{number(np.mean(x))}** ± {number(np.std(x, ddof=1))}" for x in (last, overall)]
+        means = [
+            f"**{number(np.mean(x))}** ± {number(np.std(x, ddof=1))}"
+            for x in (last, overall)
+        ]
         cells = [bf16, str(len(seeds)), *means, ", ".join(map(number, last))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -355,7 +393,10 @@ def selection():
             verdicts.append("given up")
         elif bad:
             verdicts.append(f"excluded ({', '.join(bad)})")
-        elif len(of_task) < len(SELECTION_TASKS) or min(map(len, scores[candidate].values())) < 4:
+        elif (
+            len(of_task) < len(SELECTION_TASKS)
+            or min(map(len, scores[candidate].values())) < 4
+        ):
             verdicts.append("unfinished")
         else:
             verdicts.append(f"**{np.mean(list(of_task.values())):.5f}**")
@@ -373,7 +414,9 @@ def candidates_of(task):
     else:
         study, given = "tuned", TUNED[task]
     found = summaries(study)
-    candidates = {name: (flags, found.get(f"{task}-{name}", {})) for name, flags in given.items()}
+    candidates = {
+        name: (flags, found.get(f"{task}-{name}", {})) for name, flags in given.items()
+    }
     for run in candidates.get("short-episodes", ("", {}))[1].values():
         run["score"] = run["evaluation"]  # (TUNED_RULE)
     if "default" not in candidates:
@@ -394,7 +437,9 @@ def tuned():
     lines, unfinished = [], []
     for task, published in PUBLISHED_TUNED.items():
         candidates = candidates_of(task)
-        if any(seed not in found for _, found in candidates.values() for seed in range(1, 6)):
+        if any(
+            seed not in found for _, found in candidates.values() for seed in range(1, 6)
+        ):
             unfinished.append(task)
             continue
         for name, (flags, found) in candidates.items():
@@ -424,7 +469,11 @@ def double_pendulum():
         falls = np.mean([np.array(run["last_lengths"]) < 30 for run in seeds])
         entropy = np.mean([run["metrics"]["entropy"][-1] for run in seeds])
         sigma = np.exp(entropy - 0.5 * np.log(2 * np.pi * np.e))  # (entropy), one action
-        cells = [f"`{name}`", f"`{flags}`" if flags else "", spread([r["score"] for r in seeds])]
+        cells = [
+            f"`{name}`",
+            f"`{flags}`" if flags else "",
+            spread([r["score"] for r in seeds]),
+        ]
         evaluations = [run["evaluation"] for run in seeds if run.get("evaluation")]
         cells.append(spread(evaluations) if len(evaluations) == 5 else "")
         cells += [number(np.mean(peaks), 0), f"{100 * falls:.0f} %", f"{sigma:.3f}"]
@@ -444,8 +493,13 @@ def results(only=None):
     head += ["mean ± std", "best published PPO", "minutes"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows = [("ppo", label, label, BEST_PUBLISHED[label]) for label in PUBLISHED]
-    rows += [("continuous", label, label, BEST_PUBLISHED[label]) for label in PUBLISHED_CONTINUOUS]
-    rows += [("atari", f"{game}-10M", game, BEST_PUBLISHED[game]) for game in PUBLISHED_ATARI]
+    rows += [
+        ("continuous", label, label, BEST_PUBLISHED[label])
+        for label in PUBLISHED_CONTINUOUS
+    ]
+    rows += [
+        ("atari", f"{game}-10M", game, BEST_PUBLISHED[game]) for game in PUBLISHED_ATARI
+    ]
     for study, label, task, published in rows:
         if only and task not in only:
             continue
@@ -453,7 +507,12 @@ def results(only=None):
         found = list(seeds.values())
         steps = column_of(found[0], "metrics", "global_step").max()
         scores = [last_100(run) for run in found]
-        cells = [marked(task, seeds), *score_cells(steps, scores), published, minutes(found)]
+        cells = [
+            marked(task, seeds),
+            *score_cells(steps, scores),
+            published,
+            minutes(found),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
         fresh = tuned_runs(task)
         if fresh and not only:
@@ -491,7 +550,9 @@ def below():
     """The tasks on which the best published score was not reached, by either mean."""
     both, one = [], []
     tasks = [("ppo", task, task) for task in PUBLISHED]
-    tasks += [("continuous", task, task) for task in PUBLISHED_CONTINUOUS if BEST_PUBLISHED[task]]
+    tasks += [
+        ("continuous", task, task) for task in PUBLISHED_CONTINUOUS if BEST_PUBLISHED[task]
+    ]
     tasks += [("atari", f"{game}-10M", game) for game in PUBLISHED_ATARI]
     for study, label, task in tasks:
         published = mean_of(BEST_PUBLISHED[task])
@@ -509,7 +570,9 @@ def below():
     reached = []
     for _, _, task in tasks:
         fresh = tuned_runs(task)
-        if fresh and np.mean([run["score"] for run in fresh]) >= mean_of(BEST_PUBLISHED[task]):
+        if fresh and np.mean([run["score"] for run in fresh]) >= mean_of(
+            BEST_PUBLISHED[task]
+        ):
             short = TUNED_CHOSEN[task] == "short-episodes"
             link = "[trained in short episodes](benchmark/README.md#inverteddoublependulum)"
             reached.append(task + f" ({link})" * short)
@@ -538,12 +601,15 @@ def claim_effects(claim, estimate=bootstrap):
             tasks_of.setdefault(comparison.label, {})[task] = names
     if claim.name == "kl-penalty":  # of each task the best β
 
-        def score_of(names):  # an unfinished arm counts as best: then its task stays unfinished
+        def score_of(
+            names,
+        ):  # an unfinished arm counts as best: then its task stays unfinished
             scores = arm_scores.get(names[0], [])
             return np.mean(scores) if len(scores) >= needed(names[0]) else np.inf
 
         tasks_of["best KL penalty"] = {
-            task: max([tasks[task] for tasks in tasks_of.values()], key=score_of) for task in TWO
+            task: max([tasks[task] for tasks in tasks_of.values()], key=score_of)
+            for task in TWO
         }
     effects = {}
     for label, tasks in tasks_of.items():
@@ -585,7 +651,9 @@ def clipfrac_stays():
     """Whether clipfrac of epoch 100 is within 10 % of that of epoch 20."""
     seeds = summaries("claims")["HalfCheetah-v5--plain-epochs-100"].values()
     means = [
-        np.nanmean([np.array(run["metrics"][f"clipfrac_in_epoch_{n}"], float) for run in seeds])
+        np.nanmean(
+            [np.array(run["metrics"][f"clipfrac_in_epoch_{n}"], float) for run in seeds]
+        )
         for n in (20, 100)
     ]
     return abs(means[1] / means[0] - 1) <= 0.1
@@ -616,7 +684,11 @@ def signed(*change_low_high):
 def ladder_table():
     means, changes = ladder()
     lines = ["Each row adds one change to the row above it."]
-    lines += ["", "| agent | mean return | change from the row above [95 %] |", "|---|---|---|"]
+    lines += [
+        "",
+        "| agent | mean return | change from the row above [95 %] |",
+        "|---|---|---|",
+    ]
     for step, mean in means.items():
         plus = "+ " if step in changes else ""
         change = signed(*changes[step]) if step in changes else ""
@@ -644,8 +716,13 @@ def decision(claim):
         means, changes = ladder()
         if not means:
             return None
-        first, last = number(list(means.values())[0], 0), number(list(means.values())[-1], 0)
-        figures = f"CleanRL's flags in our script → our defaults: mean return {first} → {last} "
+        first, last = (
+            number(list(means.values())[0], 0),
+            number(list(means.values())[-1], 0),
+        )
+        figures = (
+            f"CleanRL's flags in our script → our defaults: mean return {first} → {last} "
+        )
         largest = max(changes, key=changes.get)
         text = f"largest measured step: {largest}, {signed(*changes[largest])}"
         return f"{figures}({HALF_CHEETAH}, 1,000,000 steps)", text
@@ -664,8 +741,12 @@ def decision(claim):
         more = not any(verdict(e) == "matters" and e["pooled"][0] > 0 for e in others)
     parts = []
     for label in labels:
-        differs = verdict(effects[label]) == "depends on the task"  # then their mean says nothing
-        effect = each_task(effects[label]) if differs else percent(*effects[label]["pooled"])
+        differs = (
+            verdict(effects[label]) == "depends on the task"
+        )  # then their mean says nothing
+        effect = (
+            each_task(effects[label]) if differs else percent(*effects[label]["pooled"])
+        )
         parts.append(f"{label}: {effect}{rests_on(effects[label])}")
     measured = [effects[label].keys() - {"pooled"} for label in labels]
     if "MuJoCo" in claim.text and not all(tasks & set(MUJOCO) for tasks in measured):
@@ -673,7 +754,9 @@ def decision(claim):
     missing = sum(found[label][1] for label in labels)
     where = only_on(set.union(*measured), missing)
     word = outcome(claim, effects, more)
-    shown = [label for label in labels if not clear_tasks(effects[label]).isdisjoint(MUJOCO)]
+    shown = [
+        label for label in labels if not clear_tasks(effects[label]).isdisjoint(MUJOCO)
+    ]
     if word == "holds" and "MuJoCo" in claim.text and shown != labels:
         word += f"; on MuJoCo shown only for: {', '.join(shown)}"
     return "; ".join(parts) + where, word
@@ -724,9 +807,13 @@ def same_seeds_lines():
                 continue
             words = [verdict(effects), verdict(paired[label][0])]
             if not missing and words[0].split(" (")[0] != words[1].split(" (")[0]:
-                differing.append(f"- {claim.number}. {label}: {words[1]} instead of {words[0]}")
+                differing.append(
+                    f"- {claim.number}. {label}: {words[1]} instead of {words[0]}"
+                )
     if differing:
-        text += " Of the comparisons that decide a claim, these would get another verdict from "
+        text += (
+            " Of the comparisons that decide a claim, these would get another verdict from "
+        )
         text += "the same seeds alone:"
     return [text, *differing, ""]
 
@@ -802,7 +889,9 @@ def claims_figure():
             place = y if pooled else y + 0.2 + 0.12 * i  # tasks stand below
             axis.plot([100 * low, 100 * high], [place, place], **look)
             look |= {"linewidth": 0, "markersize": 7 if pooled else 4}
-            axis.plot(100 * effect, place, "o", label=names.get(task, "another task"), **look)
+            axis.plot(
+                100 * effect, place, "o", label=names.get(task, "another task"), **look
+            )
     axis.axvline(0, color=GREY, linestyle=":")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set_ylim(len(rows) - 0.2, -0.4)  # the first claim on top
@@ -825,10 +914,15 @@ def does_it_matter():
 def kl_limit():
     """Scores with and without the limit on the KL of an update, and the KL without it."""
     limited, free = summaries("selection"), summaries("kl-limit")
-    lines = ["| task | with the limit | without | without / with | mean `approx_kl` without |"]
+    lines = [
+        "| task | with the limit | without | without / with | mean `approx_kl` without |"
+    ]
     lines.append("|---" * 5 + "|")
     for task in SELECTION_TASKS:
-        runs_with, runs_without = limited[f"{task}-16x128"].values(), free[f"{task}-none"].values()
+        runs_with, runs_without = (
+            limited[f"{task}-16x128"].values(),
+            free[f"{task}-none"].values(),
+        )
         means, cells = [], [task]
         for seeds in (runs_with, runs_without):
             scores = np.array([run["score"] for run in seeds])
@@ -837,7 +931,9 @@ def kl_limit():
             deviation = number(scores.std(ddof=1), digits)
             cells.append(f"**{number(scores.mean(), digits)}** ± {deviation}")
         kl = np.mean([mean_kl(run) for run in runs_without])
-        lines.append(f"| {' | '.join(cells)} | {means[1] / means[0]:.2f} | {number(kl, 3)} |")
+        lines.append(
+            f"| {' | '.join(cells)} | {means[1] / means[0]:.2f} | {number(kl, 3)} |"
+        )
     return lines
 
 
@@ -847,7 +943,13 @@ def overview():
     lines.append("|---" * 7 + "|")
     for script, actions, study, label, task in (
         ("ppo.py", "discrete", "ppo", "CartPole-v1", "CartPole-v1"),
-        ("ppo_continuous.py", "continuous", "continuous", "HalfCheetah-v5", "HalfCheetah-v5"),
+        (
+            "ppo_continuous.py",
+            "continuous",
+            "continuous",
+            "HalfCheetah-v5",
+            "HalfCheetah-v5",
+        ),
         ("ppo_atari.py", "Atari games", "atari", "Breakout-10M", "Breakout"),
     ):
         found = list(runs(study)[label].values())
@@ -891,7 +993,9 @@ def rlhf_scores():
         beta = float(path.name.split("-")[1])
         for measure, value in json.loads(path.read_text()).items():
             found.setdefault(beta, {}).setdefault(measure, []).append(value)
-    arms = {beta: {m: np.array(v) for m, v in found[beta].items()} for beta in sorted(found)}
+    arms = {
+        beta: {m: np.array(v) for m, v in found[beta].items()} for beta in sorted(found)
+    }
     return json.loads((folder / "reference.json").read_text()), arms
 
 
@@ -925,15 +1029,16 @@ def rlhf_verdict():
 
     none = arms[betas[0]]
     falls = [sign(arms[a]["kl"], arms[b]["kl"]) for a, b in zip(betas, betas[1:])]
-    games = [sign(none["proxy"] - reference["proxy"]), sign(reference["true"] - none["true"])]
+    games = [
+        sign(none["proxy"] - reference["proxy"]),
+        sign(reference["true"] - none["true"]),
+    ]
     helps = [sign(arms[beta]["true"], none["true"]) for beta in betas[1:]]
     parts = [min(falls), min(games), max(helps)]
     words = {1: "holds", 0: "is not settled by this data", -1: "does not hold"}
     verdict = "The KL penalty keeps the policy from drifting and from gaming the reward"
     details = [f"({i}) {words[part]}" for i, part in enumerate(parts, 1)]
-    return (
-        f"*{verdict}*: **{words[min(parts)]}** in this experiment; by part, {', '.join(details)}."
-    )
+    return f"*{verdict}*: **{words[min(parts)]}** in this experiment; by part, {', '.join(details)}."
 
 
 def rlhf_line():
@@ -954,7 +1059,9 @@ def rlhf_figure():
                 place |= {"xytext": (9, 5), "ha": "left"} | below
             axis.annotate(f"β = {beta:g}", (arm["kl"].mean(), arm[measure].mean()), **place)
         kls = [arm["kl"].mean() for arm in arms.values()]
-        axis.plot(kls, [arm[measure].mean() for arm in arms.values()], color=color, linewidth=2)
+        axis.plot(
+            kls, [arm[measure].mean() for arm in arms.values()], color=color, linewidth=2
+        )
         axis.axhline(reference[measure], color=GREY, linestyle=":")
         axis.set_xscale("log")
         axis.set_xlim(3 if measure == "proxy" else 7, 7000)
@@ -969,7 +1076,9 @@ def speed_line():
 
     def ratio(study, name):
         rounds = json.loads((RESULTS / f"speed_{study}.json").read_text())["rounds"]
-        return f"{np.median([turn[name] / turn['stable-baselines3'] for turn in rounds]):.1f}"
+        return (
+            f"{np.median([turn[name] / turn['stable-baselines3'] for turn in rounds]):.1f}"
+        )
 
     def cpu(study):
         machine = json.loads((RESULTS / f"speed_{study}.json").read_text())["machine"]
@@ -1028,7 +1137,8 @@ def lines_of(name, script):
     if name in PARTS:
         lines = source.splitlines()
         start, end = (
-            next(i for i, line in enumerate(lines, 1) if mark in line) for mark in PARTS[name]
+            next(i for i, line in enumerate(lines, 1) if mark in line)
+            for mark in PARTS[name]
         )
         return start, end - 1
     nodes = [n for n in ast.walk(ast.parse(source)) if getattr(n, "name", None) == name]
@@ -1067,7 +1177,9 @@ def explain_clip():
         axis.plot(ratio, clipped, color="C0", linewidth=2.5, label="objective")
         for edge in (0.8, 1.2):
             axis.axvline(edge, color=GREY, linewidth=0.8)
-        for place, case in zip((0.4, 1.0, 1.9), ("3", "1", "5") if sign > 0 else ("4", "2", "6")):
+        for place, case in zip(
+            (0.4, 1.0, 1.9), ("3", "1", "5") if sign > 0 else ("4", "2", "6")
+        ):
             height = np.interp(place, ratio, clipped) + (-0.3 if case in "154" else 0.3)
             circle = {"boxstyle": "circle", "edgecolor": GREY, "facecolor": "none"}
             axis.text(place, height, case, ha="center", va="center", bbox=circle)
@@ -1076,7 +1188,9 @@ def explain_clip():
         axis.set_ylim((-0.05, 2.9) if sign > 0 else (-2.9, 0.05))
         if sign > 0:
             axis.plot([2.5], [1.2], "o", color="C3", label="example")
-            axis.legend(loc="upper left", labelcolor=GREY, frameon=False, fontsize=10, borderpad=0)
+            axis.legend(
+                loc="upper left", labelcolor=GREY, frameon=False, fontsize=10, borderpad=0
+            )
         save(figure, f"clip-{name}.svg")
 
 
@@ -1097,12 +1211,21 @@ def diagnostics_figure():
     """Columns of metrics.csv of healthy runs beside runs with ten times the learning rate."""
     found = summaries("diagnostics")
     limits = {"return": (-250, 320), "explained_variance": (0, 1.05)}
-    for name in ("return", "approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm"):
+    for name in (
+        "return",
+        "approx_kl",
+        "clipfrac",
+        "entropy",
+        "explained_variance",
+        "grad_norm",
+    ):
         figure, axes = new_figure(1, 1, (2.84, 2.5))
         axis = axes[0, 0]
         for color, label in (("C0", "healthy"), ("C1", "learning-rate-x10")):
             seeds = found[label].values()
-            curves = [run["curve"] if name == "return" else run["metrics"][name] for run in seeds]
+            curves = [
+                run["curve"] if name == "return" else run["metrics"][name] for run in seeds
+            ]
             curves = np.array(curves, float)
             steps = (np.arange(curves.shape[1]) + 1) / curves.shape[1]  # of 1 million
             axis.plot(steps, curves.T, color=color, linewidth=0.9, alpha=0.6)
@@ -1133,7 +1256,12 @@ def draw_curves(axis, study, label, title):
     axis.plot(grid / 1e6, curves.T, color="C0", linewidth=0.9, alpha=0.6)
     axis.plot(grid / 1e6, iqm(curves, axis=0), color="C0", linewidth=2.5, label="here")
     if BEST_PUBLISHED[title]:
-        look = {"color": "C1", "linestyle": "--", "linewidth": 1.5, "label": "best published PPO"}
+        look = {
+            "color": "C1",
+            "linestyle": "--",
+            "linewidth": 1.5,
+            "label": "best published PPO",
+        }
         axis.axhline(mean_of(BEST_PUBLISHED[title]), **look)
     axis.set_title(title, color=GREY)
     axis.set_xlabel("million steps")
@@ -1179,7 +1307,9 @@ def learning_curves(seeds):
     curves = []
     for run in seeds.values():
         table = read(run.with_name(f"{run.name}.episodes.csv.gz"))
-        pairs = [[float(row["global_step"]), float(row["episodic_return"])] for row in table]
+        pairs = [
+            [float(row["global_step"]), float(row["episodic_return"])] for row in table
+        ]
         steps, returns = np.array(pairs).T
         total = total_steps(run)
         grid = np.linspace(0, total, 101)[1:]

@@ -1,227 +1,316 @@
-"""What run.py runs: the studies, each a list of runs, and what they are to decide.
+"""What to run: each study is blocks of tasks × arms × seeds, with the rule that judges its runs.
 
-Rules of choice and of verdicts stand here and are committed before the first run that they judge.
-
-ppo              the classic tasks of ppo.py
-continuous       MuJoCo, with the default flags of ppo_continuous.py, seeds 6 to 10
-continuous-sb3   stable-baselines3's PPO on three of its tasks, with its and rl-zoo3's flags
-atari            Pong, Breakout, BeamRider: ppo_atari.py's defaults but for the steps; hours
-atari-bf16       whether bfloat16 harms learning: 500,000 steps of Breakout with and without
-selection        which defaults ppo_continuous.py gets, seeds 1 to 5 (SELECTION_RULE)
-kl-limit         the candidate 16x128 of the selection without its limit on the KL
-tuned            flags for tasks that the defaults do not fit, seeds 1 to 5 (TUNED_RULE)
-double-pendulum  why episodes of InvertedDoublePendulum fall, seeds 1 to 5 (TUNED_RULE)
-diagnostics      a healthy run of LunarLander beside one with ten times the learning rate
+Rules are committed before the first run that they judge. `python benchmark/run.py STUDY` runs
+what is missing. The rules of the verdicts on claims stand in claims.py.
 """
 
-from dataclasses import dataclass
-
-CLASSIC = (
-    "--total-timesteps 1000000 --num-envs 16 --num-steps 256 --num-minibatches 32 "
-    "--update-epochs 10 --norm-obs --norm-reward "
-)
-MOUNTAIN_CAR = CLASSIC + "--gae-lambda 0.98 --ent-coef 0"
-LUNAR_LANDER = CLASSIC + "--gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003"
-LOCOMOTION = ["HalfCheetah-v5", "Walker2d-v5", "Hopper-v5"]
-MUJOCO = "HalfCheetah-v5 Hopper-v5 Walker2d-v5 Ant-v5 Swimmer-v5 Humanoid-v5 Reacher-v5".split()
-MUJOCO += ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Ant-v4"]
-
-SELECTION_RULE = """
-Candidates: the defaults of that day (16 environments x 128 steps), 32 x 64, 64 x 32, and a critic
-with 256 units a layer, alone and with 32 x 64; all with the KL limit of 0.02. Seeds 1 to 5,
-1,000,000 steps, the nine tasks for which PPO scores are published. The score of a task is the mean
-over seeds of the mean return of a run's last 100 training episodes. Its ratio is score / best
-published score; where scores are negative (Reacher), best published / score.
-
-A candidate whose score on any task is more than 15 % worse than that of today's defaults (ratio
-below 0.85 of theirs) is excluded. Its remaining runs may then be left out. Of those left, today's
-defaults among them, the one with the highest mean ratio over all nine tasks becomes the default.
-Runs of the former scripts, the same algorithm, serve for today's defaults and, where there are at
-least four seeds, for 64 x 32. Nothing is changed after a run with seed 6 or higher.
-
-To save time, 32 x 64 was given up after three tasks, before any run with seed 6: the same with a
-critic of 256 units was well ahead of it on two of them, and level on the third.
-"""
-GIVEN_UP = ["32x64"]
-SELECTION_TASKS = "Hopper-v5 Swimmer-v5 Walker2d-v5 HalfCheetah-v5 Reacher-v5".split()
-SELECTION_TASKS += ["InvertedDoublePendulum-v5", "Ant-v4", "InvertedPendulum-v5", "Humanoid-v5"]
-NARROW_CRITIC = (  # replaced in ppo_continuous.py: a critic with 64 units a layer
-    ("mlp(observation_space.shape[0], 256, 1, 1.0)", "mlp(observation_space.shape[0], 64, 1, 1.0)"),
-)
-FORMER_SIZES = "--num-envs 16 --num-steps 128"
-CANDIDATES = {  # label: flags, replacements in the source
-    "16x128": (FORMER_SIZES, NARROW_CRITIC),  # the defaults of that day
-    "64x32": ("--num-envs 64 --num-steps 32", NARROW_CRITIC),
-    "32x64": ("", NARROW_CRITIC),
-    "critic-256": (FORMER_SIZES, ()),
-    "critic-256-32x64": ("", ()),  # since then the default
-}
-
-TUNED_RULE = """
-For each task, the candidate whose runs with seeds 1 to 5 have the highest mean return over their
-last 100 training episodes gets a row in the tables, marked as tuned, with seeds 6 to 10 and its
-flags. Today's defaults are a candidate. Candidates may be added until the first run with seed 6.
-
-short-episodes, a time limit of 100 steps in training, was added when all other candidates for
-InvertedDoublePendulum had their five runs and a trial on seeds 11 to 14 had gone well. Its training
-returns are of a tenth of an episode. So its score is the mean return of 100 full episodes that the
-finished agent plays, sampling its actions.
-"""
-RL_ZOO3_SWIMMER = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
-RL_ZOO3_SWIMMER += "--num-envs 4 --num-steps 1024 --num-minibatches 16"
-GAMMA_0_9 = "--total-timesteps 300000 --gamma 0.9 --learning-rate 1e-3 --num-envs 4 "
-GAMMA_0_9 += "--num-steps 1024 --num-minibatches 64"
-TUNED = {  # task: {candidate: flags}; rl-zoo3: hyperparams/ppo.yml, as far as there are such flags
-    "Swimmer-v5": {"gamma-0.9999": "--gamma 0.9999", "rl-zoo3": RL_ZOO3_SWIMMER},
-    "Pendulum-v1": {"default": "--total-timesteps 300000", "rl-zoo3": GAMMA_0_9},
-    "BipedalWalker-v3": {
-        "default": "--total-timesteps 2000000",
-        "rl-zoo3": "--total-timesteps 2000000 --gamma 0.999 --clip-coef 0.18",
-    },
-}
-TUNED_CHOSEN = {  # task: the best candidate with seeds 1 to 5; it gets seeds 6 to 10
-    "Swimmer-v5": "rl-zoo3",
-    "Pendulum-v1": "rl-zoo3",
-    "InvertedDoublePendulum-v5": "short-episodes",
-    "BipedalWalker-v3": "default",
-}
-# rl-zoo3's value loss has no 1/2, so its coefficient of 0.696 is 1.392 here. Its minibatch of 512
-# is more than its rollout of 128 steps: one minibatch.
-RL_ZOO3_PENDULUM = "--num-envs 1 --num-steps 128 --num-minibatches 1 --gamma 0.98 "
-RL_ZOO3_PENDULUM += "--gae-lambda 0.8 --learning-rate 1.55454e-4 --no-anneal-lr --clip-coef 0.4 "
-RL_ZOO3_PENDULUM += "--vf-coef 1.392 --target-kl None --no-recompute-advantages"
-STEP = "                optimizer.step()\n"
-SIGMA_FLOOR = (STEP, STEP + "                agent.log_std.data.clamp_(min=-2)\n")  # σ ≥ 0.135
-DIVISOR = "(advantages.std() + 1e-8)"
-EXPLAINED = "        explained = 1 - "
-RUNNING_STD = '        SPREAD.lerp_(batch["advantages"].std(), 0.01)\n'
-ADVANTAGE_FLOOR = (  # advantages are divided by no less than their running standard deviation
-    ('SCRIPT = "ppo_continuous.py"', 'SCRIPT = "ppo_continuous.py"\nSPREAD = torch.ones(())'),
-    (DIVISOR, "advantages.std().clamp(min=SPREAD)"),
-    (EXPLAINED, RUNNING_STD + EXPLAINED),
-)
-VECTOR = "args.vectorization_mode, **options)"
-SHORT_EPISODES = (VECTOR, "args.vectorization_mode, max_episode_steps=100, **options)")
-DOUBLE_PENDULUM = {  # candidate: flags, replacements in the source
-    "default": ("", ()),
-    "rl-zoo3": (RL_ZOO3_PENDULUM, ()),
-    "slow": ("--learning-rate 1e-4", ()),
-    "sigma-floor": ("", (SIGMA_FLOOR,)),
-    "sigma-floor-slow": ("--learning-rate 1e-4", (SIGMA_FLOOR,)),
-    "advantage-floor": ("", ADVANTAGE_FLOOR),
-    "short-episodes": ("", (SHORT_EPISODES,)),
-}
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run: `script` with `flags`, after replacing each (old, new) in its source."""
+class Arm(NamedTuple):
+    """What is compared: flags, and a patch of the script from variations/."""
 
+    flags: str = ""
+    variation: str = ""
+
+
+class Block(NamedTuple):
+    tasks: dict  # task: script and flags
+    arms: dict  # name: Arm
+    seeds: range
+
+
+class Study(NamedTuple):
+    blocks: list
+    rule: str = ""
+    metrics: tuple = ()  # columns of metrics.csv whose curves are kept, beside the return's
+    evaluations: int = 0  # on the way: ten episodes each, with sampled actions
+    played: int = 0  # episodes of the finished agent: with sampled, and with greedy actions
+
+
+class Run(NamedTuple):
     study: str
-    label: str
+    task: str
+    arm: str
     seed: int
     script: str
-    env_id: str
-    flags: str = ""
-    edits: tuple = ()
-    keeps_episodes: bool = False  # else only a summary of at most 20 kB
-
-    @property
-    def name(self):
-        return f"{self.label}-{self.seed}"
+    flags: str
+    variation: str
 
 
-def seeds_first(study, script, configurations, keeps_episodes=True):
-    """Runs of (label, environment, flags, seeds): the first seed of every task first."""
+def runs(study):
+    """All runs of a study, each once, the first seeds of all arms first."""
+    found = {}
+    for tasks, arms, seeds in STUDIES[study].blocks:
+        for task, command in tasks.items():
+            script, _, flags = command.partition(" ")
+            for name, arm in arms.items():
+                for seed in seeds:
+                    words = f"{flags} {arm.flags}".strip()
+                    found[Run(study, task, name, seed, script, words, arm.variation)] = None
+    return sorted(found, key=lambda run: run.seed)
+
+
+def pick(names, table):
+    """{name: table[name]} for a text of names."""
+    return {name: table[name] for name in names.split()}
+
+
+DIAGNOSTICS = ("approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm")
+DEFAULT = {"default": Arm()}
+LONG = "--total-timesteps 1000000"
+
+# ---------- Tasks ----------
+CLASSIC = f"ppo.py {LONG} --num-envs 16 --num-steps 256 --num-minibatches 32 "
+CLASSIC += "--update-epochs 10 --norm-obs --norm-reward"
+HALF_CHEETAH, LUNAR, SWIMMER = "HalfCheetah-v5", "LunarLander-v3", "Swimmer-v5"
+DOUBLE_PENDULUM = "InvertedDoublePendulum-v5"
+DISCRETE = {
+    "CartPole-v1": "ppo.py",
+    "MountainCar-v0": f"{CLASSIC} --gae-lambda 0.98 --ent-coef 0",
+    LUNAR: f"{CLASSIC} --gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003",
+}
+MUJOCO = f"{HALF_CHEETAH} Hopper-v5 Walker2d-v5 Ant-v5 {SWIMMER} Humanoid-v5 Reacher-v5 "
+MUJOCO += f"InvertedPendulum-v5 {DOUBLE_PENDULUM}"
+CONTINUOUS = dict.fromkeys(MUJOCO.split(), "ppo_continuous.py --compile")
+WALKER = {"BipedalWalker-v3": "ppo_continuous.py --total-timesteps 2000000"}
+ATARI = dict.fromkeys(["Pong", "Breakout", "BeamRider"], "ppo_atari.py")
+
+# ---------- Defaults ----------
+DEFAULTS_RULE = """
+Which defaults ppo_continuous.py gets. Candidates: today's; environments that start at random
+ages; no --recompute-advantages; both. Seeds 11 to 20 of four tasks, 1,000,000 steps. The score
+is the mean return of the last 100 training episodes. The ratio of a candidate is its score over
+that of today's default with the same seed, averaged over the four tasks: one number a seed, and
+a 95 % t interval over the ten seeds. --recompute-advantages and its lines go, unless the
+interval for removing it lies below 1. Random ages become the default only if their interval
+lies above 1. If both change, the interval of both together must not lie below 1.
+"""
+NO_RECOMPUTE = "--no-recompute-advantages"
+CANDIDATES = {
+    "default": Arm(),
+    "random-start-ages": Arm(variation="random_start_ages"),
+    "no-recompute": Arm(NO_RECOMPUTE),
+    "both": Arm(NO_RECOMPUTE, "random_start_ages"),
+}
+
+# ---------- Tuned flags ----------
+TUNED_RULE = """
+For each task, the candidate whose runs with seeds 1 to 5 have the highest mean return over
+their last 100 training episodes gets a row in the results, marked as tuned, on other seeds.
+The default flags are a candidate. Candidates may be added until the first run on other seeds.
+
+short-episodes, a time limit of 100 steps in training, was added when all other candidates for
+InvertedDoublePendulum had their five runs and a trial on seeds 11 to 14 had gone well. Its
+training returns are of a tenth of an episode. So its score is the mean return of 100 full
+episodes that the finished agent plays, sampling its actions.
+"""
+# rl-zoo3: its hyperparams/ppo.yml, as far as there are such flags. Its value loss has no 1/2,
+# so its coefficient of 0.696 is 1.392 here; a minibatch of 512 is more than 128 rows: one.
+SWIMMER_FLAGS = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
+SWIMMER_FLAGS += "--num-envs 4 --num-steps 1024 --num-minibatches 16"
+PENDULUM_FLAGS = "--gamma 0.9 --learning-rate 1e-3 --num-envs 4 --num-steps 1024 "
+PENDULUM_FLAGS += "--num-minibatches 64"
+DOUBLE_FLAGS = (
+    "--num-envs 1 --num-steps 128 --num-minibatches 1 --gamma 0.98 --gae-lambda 0.8 "
+)
+DOUBLE_FLAGS += "--learning-rate 1.55454e-4 --no-anneal-lr --clip-coef 0.4 --vf-coef 1.392 "
+DOUBLE_FLAGS += f"--target-kl None {NO_RECOMPUTE}"
+ACROBOT_FLAGS = "--num-envs 16 --num-steps 256 --num-minibatches 64 --gae-lambda 0.94 "
+ACROBOT_FLAGS += "--ent-coef 0 --norm-obs --norm-reward"
+TUNED_TASKS = {
+    SWIMMER: "ppo_continuous.py",
+    DOUBLE_PENDULUM: "ppo_continuous.py",
+    "Pendulum-v1": "ppo_continuous.py --total-timesteps 300000",
+    **WALKER,
+    "Acrobot-v1": f"ppo.py {LONG}",
+}
+TUNED = {
+    SWIMMER: {
+        "default": Arm(),
+        "gamma-0.9999": Arm("--gamma 0.9999"),
+        "rl-zoo3": Arm(SWIMMER_FLAGS),
+    },
+    DOUBLE_PENDULUM: {
+        "default": Arm(),
+        "rl-zoo3": Arm(DOUBLE_FLAGS),
+        "slow": Arm("--learning-rate 1e-4"),
+        "short-episodes": Arm(variation="short_episodes"),
+    },
+    "Pendulum-v1": {"default": Arm(), "rl-zoo3": Arm(PENDULUM_FLAGS)},
+    "BipedalWalker-v3": {
+        "default": Arm(),
+        "rl-zoo3": Arm("--gamma 0.999 --clip-coef 0.18"),
+    },
+    "Acrobot-v1": {
+        "default": Arm(),
+        "rl-zoo3": Arm(ACROBOT_FLAGS),
+        "rl-zoo3-10-epochs": Arm(f"{ACROBOT_FLAGS} --update-epochs 10"),
+    },
+}
+CHOSEN = {  # by the rule; Acrobot's follows when its candidates have run
+    SWIMMER: "rl-zoo3",
+    DOUBLE_PENDULUM: "short-episodes",
+    "Pendulum-v1": "rl-zoo3",
+    "BipedalWalker-v3": "default",
+}
+
+
+def tuned_blocks():
+    blocks = []
+    for task, arms in TUNED.items():
+        command = pick(task, TUNED_TASKS)
+        blocks.append(Block(command, arms, range(1, 6)))
+        if task in CHOSEN:
+            blocks.append(Block(command, pick(CHOSEN[task], arms), range(6, 11)))
+    return blocks
+
+
+def tuned_results():
+    """The chosen flags, where they are not the defaults, on the seeds of the results."""
+    chosen = {task: TUNED[task][arm] for task, arm in CHOSEN.items() if arm != "default"}
     return [
-        Run(study, label, seed, script, env_id, flags, keeps_episodes=keeps_episodes)
-        for seed in range(1, 11)
-        for label, env_id, flags, seeds in configurations
-        if seed in seeds
+        Block(pick(t, TUNED_TASKS), {"tuned": chosen[t]}, range(21, 31)) for t in chosen
     ]
 
 
-def selection():
-    script = "ppo_continuous.py"
-    return [
-        Run("selection", f"{task}-{label}", seed, script, task, f"--compile {flags}", edits)
-        for task in SELECTION_TASKS
-        for label, (flags, edits) in CANDIDATES.items()
-        if label not in GIVEN_UP
-        for seed in range(1, 6)
-    ]
-
-
-def kl_limit():
-    script, flags = "ppo_continuous.py", f"--compile {FORMER_SIZES} --target-kl None"
-    return [
-        Run("kl-limit", f"{task}-none", seed, script, task, flags, NARROW_CRITIC)
-        for seed in range(1, 6)
-        for task in SELECTION_TASKS
-    ]
-
-
-def tuned():
-    return [
-        Run("tuned", f"{task}-{candidate}", seed, "ppo_continuous.py", task, flags)
-        for seed in range(1, 11)
-        for task, candidates in TUNED.items()
-        for candidate, flags in candidates.items()
-        if seed <= 5 or TUNED_CHOSEN.get(task) == candidate
-    ]
-
-
-def double_pendulum():
-    task, script = "InvertedDoublePendulum-v5", "ppo_continuous.py"
-    return [
-        Run("double-pendulum", f"{task}-{candidate}", seed, script, task, flags, edits)
-        for seed in range(1, 11)
-        for candidate, (flags, edits) in DOUBLE_PENDULUM.items()
-        if seed <= 5 or TUNED_CHOSEN.get(task) == candidate
-    ]
-
-
-def diagnostics():
-    too_fast = LUNAR_LANDER.replace("--learning-rate 3e-4", "--learning-rate 3e-3")
-    return [
-        Run("diagnostics", label, seed, "ppo.py", "LunarLander-v3", flags)
-        for seed in (1, 2, 3)
-        for label, flags in (("healthy", LUNAR_LANDER), ("learning-rate-x10", too_fast))
-    ]
-
-
-PPO = [
-    ("CartPole-v1", "CartPole-v1", "", range(1, 11)),
-    ("Acrobot-v1", "Acrobot-v1", "", range(1, 11)),
-    ("MountainCar-v0", "MountainCar-v0", MOUNTAIN_CAR, range(1, 11)),
-    ("LunarLander-v3", "LunarLander-v3", LUNAR_LANDER, range(1, 11)),
-]
-CONTINUOUS_SB3 = [
-    (f"{env}-{label}", env, flags, range(1, 4))
-    for label, flags in (("default", ""), ("tuned", "--tuned"))
-    for env in LOCOMOTION
-]
-ATARI = [
-    ("Pong-10M", "Pong", "", range(1, 2)),
-    ("Breakout-10M", "Breakout", "", range(1, 4)),
-    ("BeamRider-10M", "BeamRider", "", range(1, 3)),
-]
-ATARI_BF16 = [
-    (f"Breakout-{bf16}", "Breakout", f"--total-timesteps 500000 --bf16 {bf16}", range(1, 4))
-    for bf16 in ("on", "off")
-]
-EVALUATED = "benchmark/train_and_evaluate.py"  # ppo_continuous.py, evaluated on the way
-STUDIES = {
-    "ppo": seeds_first("ppo", "ppo.py", PPO),
-    "continuous": seeds_first(
-        "continuous", EVALUATED, [(task, task, "--compile", range(6, 11)) for task in MUJOCO]
+# ---------- Claims: the first round ----------
+# Arms "plain" have neither KL limit nor value clip, which could make up for what is switched
+# off. A gain of 1: the last layer of the actor begins as large as the others.
+PLAIN = "--target-kl None --no-clip-vloss"
+NO_DETAILS = "--no-norm-obs --no-norm-reward --no-anneal-lr"
+EPOCHS_20 = f"{PLAIN} --update-epochs 20"
+CLEANRL = f"{LONG} --num-envs 1 --num-steps 2048 --no-bootstrap-truncated "
+CLEANRL += f"--initial-log-std 0 --clip-vloss --target-kl None {NO_RECOMPUTE}"
+LADDER = ["", "--bootstrap-truncated", "--initial-log-std -0.5", "--no-clip-vloss"]
+LADDER += [
+    "--recompute-advantages",
+    "--num-envs 32 --num-steps 64",
+]  # each added to the last
+ARMS = {
+    "base": Arm(),
+    "plain": Arm(PLAIN),
+    "plain-no-clip": Arm(f"{PLAIN} --clip-coef inf"),
+    "plain-no-details": Arm(f"{PLAIN} {NO_DETAILS}", "head_gain"),
+    "plain-no-clip-no-details": Arm(f"{PLAIN} --clip-coef inf {NO_DETAILS}", "head_gain"),
+    "plain-kl-limit": Arm(f"{PLAIN} --target-kl 0.02"),
+    "plain-no-clip-kl-limit": Arm(f"{PLAIN} --clip-coef inf --target-kl 0.02"),
+    **{f"plain-epochs-{n}": Arm(f"{PLAIN} --update-epochs {n}") for n in (1, 2, 4, 20)},
+    "plain-epochs-20-no-clip": Arm(f"{EPOCHS_20} --clip-coef inf"),
+    "plain-epochs-20-no-clip-kl-limit": Arm(
+        f"{EPOCHS_20} --clip-coef inf --target-kl 0.02"
     ),
-    "continuous-sb3": seeds_first("continuous-sb3", "benchmark/sb3.py", CONTINUOUS_SB3),
-    "atari": seeds_first("atari", "ppo_atari.py", ATARI),
-    "atari-bf16": seeds_first("atari-bf16", "ppo_atari.py", ATARI_BF16),
-    "selection": selection(),
-    "kl-limit": kl_limit(),
-    "tuned": tuned(),
-    "double-pendulum": double_pendulum(),
-    "diagnostics": diagnostics(),
+    "plain-epochs-100": Arm(f"{PLAIN} --update-epochs 100", "epoch_metrics"),
+    **{f"plain-clip-{e}": Arm(f"{PLAIN} --clip-coef {e}") for e in (0.05, 0.1, 0.3)},
+    **{
+        f"plain-kl-penalty-{beta}": Arm(f"{PLAIN} --kl-penalty {beta}", "kl_penalty")
+        for beta in (0.3, 1, 3)
+    },
+    "clip-vloss": Arm("--clip-vloss"),
+    "no-clip-vloss": Arm("--no-clip-vloss"),
+    "no-norm-adv": Arm("--no-norm-adv"),
+    **{f"ent-{coef}": Arm(f"--ent-coef {coef}") for coef in (0, 0.01, 0.05)},
+    **{f"lambda-{lam}": Arm(f"--gae-lambda {lam}") for lam in (0, 0.5, 0.9, 0.99, 1)},
+    "no-bootstrap": Arm("--no-bootstrap-truncated"),
+    "reset-rows": Arm(variation="reset_rows"),
+    "no-recompute": Arm(NO_RECOMPUTE),
+    "no-norm-obs": Arm("--no-norm-obs"),
+    "no-norm-reward": Arm("--no-norm-reward"),
+    "log-std-0": Arm("--initial-log-std 0"),
+    "head-gain-1": Arm(variation="head_gain"),
+    "no-anneal": Arm("--no-anneal-lr"),
+    **{
+        f"ladder-{i}": Arm(" ".join([CLEANRL, *LADDER[1 : i + 1]]), "narrow_critic")
+        for i in range(6)
+    },
+    "ladder-6": Arm(" ".join([CLEANRL, *LADDER[1:]])),  # with a critic of 256 units
+    "long": Arm(LONG),
+    "random-start-ages": Arm(variation="random_start_ages"),
+    "adaptive-kl": Arm("--no-anneal-lr", "adaptive_kl"),
+    "adam-betas": Arm(variation="adam_betas"),
+    "spo": Arm(variation="spo"),
+}
+PENDULUM = {"Pendulum-v1": f"{TUNED_TASKS['Pendulum-v1']} {PENDULUM_FLAGS} --gamma 0.99"}
+CHEETAH = {HALF_CHEETAH: "ppo_continuous.py --compile --total-timesteps 300000"}
+LANDER = {LUNAR: DISCRETE[LUNAR].replace("ppo.py", "ppo.py --compile")}
+SHORT = {
+    "CartPole-v1": "ppo.py --total-timesteps 50000",
+    "Blackjack-v1": "ppo.py --total-timesteps 100000",
+    "FrozenLake-v1": "ppo.py --total-timesteps 100000",
+}
+FIVE = "plain-no-clip plain-no-details plain-no-clip-no-details plain-kl-limit lambda-0 "
+FIVE += (
+    "plain-no-clip-kl-limit plain-epochs-1 plain-epochs-2 plain-epochs-4 plain-epochs-20 "
+)
+FIVE += (
+    "plain-epochs-20-no-clip plain-epochs-20-no-clip-kl-limit plain-clip-0.05 lambda-0.5 "
+)
+FIVE += "plain-clip-0.1 plain-clip-0.3 lambda-0.9 lambda-0.99 lambda-1"
+TEN = "no-norm-adv ent-0.01 ent-0.05 no-norm-obs no-norm-reward head-gain-1 no-anneal "
+TEN += "plain-kl-penalty-0.3 plain-kl-penalty-1 plain-kl-penalty-3"
+ONLY_CHEETAH = "plain-epochs-100 no-bootstrap long " + " ".join(
+    f"ladder-{i}" for i in range(7)
+)
+CLAIMS = [
+    Block(CHEETAH | LANDER, pick("base plain", ARMS), range(1, 21)),
+    Block(PENDULUM | SHORT, pick("base", ARMS), range(1, 21)),
+    Block(CHEETAH | LANDER, pick(TEN, ARMS), range(1, 11)),
+    Block(CHEETAH, pick("clip-vloss no-recompute log-std-0", ARMS), range(1, 11)),
+    Block(LANDER, pick("no-clip-vloss ent-0 reset-rows", ARMS), range(1, 11)),
+    Block(SHORT, pick("reset-rows", ARMS), range(1, 11)),
+    Block(CHEETAH | LANDER, pick(FIVE, ARMS), range(1, 6)),
+    Block(CHEETAH, pick(ONLY_CHEETAH, ARMS), range(1, 6)),
+    Block(PENDULUM, pick("no-bootstrap", ARMS), range(1, 6)),
+]
+
+# ---------- Claims: the second round, on fresh seeds ----------
+SIXTY = "plain clip-vloss no-norm-adv ent-0.01 head-gain-1 no-anneal plain-kl-penalty-1"
+NEW = "adaptive-kl adam-betas spo"
+CLAIMS_2 = [
+    Block(CHEETAH, pick("base no-recompute", ARMS), range(21, 141)),
+    Block(CHEETAH, pick(SIXTY, ARMS), range(21, 81)),
+    Block(CHEETAH, pick(f"random-start-ages {NEW}", ARMS), range(21, 61)),
+    Block(LANDER, pick("base no-norm-adv plain plain-kl-penalty-0.3", ARMS), range(21, 61)),
+    Block(LANDER, pick(NEW, ARMS), range(21, 41)),
+    Block(SHORT, pick("base reset-rows", ARMS), range(21, 81)),
+    Block(pick(SWIMMER, CONTINUOUS), pick("base random-start-ages", ARMS), range(21, 31)),
+]
+
+# ---------- All studies ----------
+CHOICE = pick(f"{HALF_CHEETAH} Walker2d-v5 {SWIMMER} Ant-v5", CONTINUOUS)
+LIMITED = dict.fromkeys([*CONTINUOUS, "Ant-v4"], "ppo_continuous.py --compile")
+LIMITED = {
+    task: f"{command} --num-envs 16 --num-steps 128" for task, command in LIMITED.items()
+}
+LIMITED.pop("Ant-v5")
+LIMITS = {
+    "limit": Arm("--target-kl 0.02", "narrow_critic"),
+    "no-limit": Arm("--target-kl None", "narrow_critic"),
+}
+RATES = {"healthy": Arm(), "learning-rate-x10": Arm("--learning-rate 3e-3")}
+BFLOAT = {f"bf16-{x}": Arm(f"--total-timesteps 500000 --bf16 {x}") for x in ("on", "off")}
+PEERS = dict.fromkeys([HALF_CHEETAH, "Hopper-v5", "Walker2d-v5"], "benchmark/sb3.py")
+RESULTS = [
+    Block(DISCRETE | CONTINUOUS | WALKER, DEFAULT, range(21, 31)),
+    *tuned_results(),
+]
+STUDIES = {
+    "defaults": Study(
+        [Block(CHOICE, CANDIDATES, range(11, 21))], DEFAULTS_RULE, played=100
+    ),
+    "tuned": Study(tuned_blocks(), TUNED_RULE, ("entropy",), played=100),
+    "results": Study(RESULTS, "", DIAGNOSTICS, evaluations=10, played=100),
+    "atari": Study([Block(ATARI, DEFAULT, range(1, 4))], "", DIAGNOSTICS, played=100),
+    "atari-bf16": Study([Block(pick("Breakout", ATARI), BFLOAT, range(1, 4))]),
+    "sb3": Study(
+        [Block(PEERS, {"default": Arm(), "rl-zoo3": Arm("--tuned")}, range(1, 4))]
+    ),
+    "kl-limit": Study([Block(LIMITED, LIMITS, range(1, 6))], metrics=("approx_kl",)),
+    "diagnostics": Study(
+        [Block(pick(LUNAR, DISCRETE), RATES, range(1, 4))], "", DIAGNOSTICS
+    ),
+    "claims": Study(
+        CLAIMS, metrics=("approx_kl", "entropy", "explained_variance", "*_in_epoch_*")
+    ),
+    "claims-2": Study(CLAIMS_2, metrics=("approx_kl", "entropy")),
 }
