@@ -1,9 +1,7 @@
-"""Statistics of runs: means with their intervals, effects of a change, comparisons."""
+"""Statistics of runs: means with their intervals, effects of a change, differences."""
 
 import numpy as np
 from scipy import stats
-
-DRAWS = 10_000
 
 
 def iqm(scores, axis=-1):
@@ -12,34 +10,39 @@ def iqm(scores, axis=-1):
 
 
 def draw(samples, statistic, rng, paired=False):
-    """Values of the statistic on resampled seeds."""
-    options = {"n_resamples": DRAWS, "method": "percentile", "vectorized": True}
-    options |= {"paired": paired, "rng": rng}
-    return stats.bootstrap(samples, statistic, **options).bootstrap_distribution
+    """Values of the statistic on 10,000 resamples of the seeds."""
+    options = {"n_resamples": 10_000, "method": "percentile", "vectorized": True}
+    return stats.bootstrap(
+        samples, statistic, paired=paired, rng=rng, **options
+    ).bootstrap_distribution
 
 
 def interval(scores, statistic=iqm):
     """95 % percentile bootstrap interval of a statistic of the seeds."""
-    return tuple(
-        np.percentile(draw((scores,), statistic, np.random.default_rng(0)), [2.5, 97.5])
-    )
+    return np.percentile(draw((scores,), statistic, np.random.default_rng(0)), [2.5, 97.5])
 
 
-def welch(mean, std, seeds, other_mean, other_std, other_seeds):
-    """95 % interval of mean − other_mean; the variances may differ."""
-    parts = np.array([std**2 / seeds, other_std**2 / other_seeds])
+def welch(x, y):
+    """95 % interval of mean x − mean y; each a tuple of mean, standard deviation, seeds."""
+    difference, parts = x[0] - y[0], np.array([x[1] ** 2 / x[2], y[1] ** 2 / y[2]])
     if parts.sum() == 0:
-        return mean - other_mean, mean - other_mean
-    freedom = parts.sum() ** 2 / (parts**2 / [seeds - 1, other_seeds - 1]).sum()
-    return stats.t.interval(0.95, freedom, mean - other_mean, np.sqrt(parts.sum()))
+        return difference, difference
+    freedom = parts.sum() ** 2 / (parts**2 / [x[2] - 1, y[2] - 1]).sum()
+    return t_interval(difference, parts.sum(), freedom, 0.95)
+
+
+def t_interval(mean, variance, freedom, level):
+    """Interval of a mean, from an estimate of its variance."""
+    half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
+    return mean - half, mean + half
 
 
 def drawn_effects(scores, random, paired=False):
-    """(mean of the arm − mean of the base) / (mean of the reference − random policy's return).
+    """(mean of the arm − of the base) / (mean of the reference − random policy's return).
 
-    scores: {task: (arm, base, reference)}, one array each; random: {task: return}.
-    → {task or "all": (effect, low, high)}, 95 % bootstrap intervals. "all" is the plain mean over
-    tasks. Where the reference is the base, it is resampled once; paired: the same seeds of all."""
+    scores: {task: (arm, base, reference)}; random: {task: return} → {task or "all": (effect,
+    low, high)}, with 95 % bootstrap intervals; "all" is the plain mean over tasks. A base that is
+    the reference, too, is resampled once. paired: the same seeds of all three."""
     effects, draws, rng = {}, [], np.random.default_rng(0)
     for task, (arm, base, reference) in scores.items():
 
@@ -56,25 +59,19 @@ def drawn_effects(scores, random, paired=False):
 
 
 def paired_effects(scores, random, level=0.95):
-    """Mean of paired differences over the base's gain over a random policy, with t intervals.
-
-    scores: {task: (arm, base)}, sorted by the same seeds → as `drawn_effects`."""
-    effects, variances, freedoms = {}, [], []
+    """Mean difference of arm and base with the same seed, over the base's gain over a random
+    policy, with t intervals. scores: {task: (arm, base)}, by seed → as `drawn_effects`."""
+    means, variances, freedoms = [], [], []
     for task, (arm, base) in scores.items():
         differences = (arm - base) / (base.mean() - random[task])
+        means.append(differences.mean())
         variances.append(differences.var(ddof=1) / len(differences))
         freedoms.append(len(differences) - 1)
-        bounds = t_interval(differences.mean(), variances[-1], freedoms[-1], level)
-        effects[task] = (differences.mean(), *bounds)
-    variances = np.array(variances) / len(scores) ** 2  # of the mean over tasks
-    total = variances.sum()
-    freedom = total**2 / (variances**2 / freedoms).sum() if total > 0 else 1
-    mean = np.mean([effect for effect, _, _ in effects.values()])
-    effects["all"] = (mean, *t_interval(mean, total, freedom, level))
-    return effects
-
-
-def t_interval(mean, variance, freedom, level):
-    """Interval of a mean whose variance was estimated."""
-    half = stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(variance)
-    return mean - half, mean + half
+    of_tasks = zip(means, variances, freedoms)
+    effects = {task: (x[0], *t_interval(*x, level)) for task, x in zip(scores, of_tasks)}
+    shares = (
+        np.array(variances) / len(scores) ** 2
+    )  # of the variance of the mean over tasks
+    freedom = shares.sum() ** 2 / max((shares**2 / freedoms).sum(), 1e-300)
+    mean = np.mean(means)
+    return effects | {"all": (mean, *t_interval(mean, shares.sum(), freedom, level))}

@@ -31,29 +31,29 @@ COLUMNS += ["sampled", "greedy", "played", "note"]
 CURVE_COLUMNS = ["task", "arm", "seed", "metric", "points"]
 
 
+def read(name, columns):
+    """results/NAME, or an empty table."""
+    path = RESULTS / name
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
+
+
 @cache
 def load(*studies):
-    """One table with the runs of these studies; empty where nothing has been run yet."""
-    paths = [RESULTS / f"{study}.csv" for study in studies]
-    tables = [pd.read_csv(path) for path in paths if path.exists()]
-    table = pd.concat(tables) if tables else pd.DataFrame(columns=COLUMNS)
-    return table.fillna({"note": "", "variation": "", "flags": ""}).sort_values("seed")
+    """One table of all runs of these studies, by seed."""
+    table = pd.concat([read(f"{study}.csv", COLUMNS) for study in studies])
+    return table.fillna({"variation": "", "note": ""}).sort_values("seed", kind="stable")
 
 
 @cache
 def load_curves(*studies):
     """{(task, arm, seed, metric): array of points over the run}."""
-    found = {}
-    for study in studies:
-        path = RESULTS / f"{study}.curves.csv"
-        table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=CURVE_COLUMNS)
-        for *key, points in table.itertuples(index=False):
-            found[tuple(key)] = np.fromstring(points, sep=" ")
-    return found
+    table = pd.concat([read(f"{study}.curves.csv", CURVE_COLUMNS) for study in studies])
+    rows = table.itertuples(index=False)
+    return {tuple(key): np.fromstring(points, sep=" ") for *key, points in rows}
 
 
 def select(table, task, arm, seeds=None):
-    """The runs of an arm on a task, by seed."""
+    """The runs of an arm on a task."""
     chosen = table[(table.task == task) & (table.arm == arm)]
     return chosen if seeds is None else chosen[chosen.seed.isin(seeds)]
 
@@ -64,18 +64,16 @@ def append(name, columns, rows):
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         file.seek(0, 2)
         writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(columns)
-        writer.writerows(rows)
+        writer.writerows(rows if file.tell() else [columns, *rows])
 
 
 def made_by(script):
-    """The commit that last changed the script, + if it has changed since; versions; the CPU."""
+    """The commit that last changed the script, + if it has been changed since; versions; CPU."""
     git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True)
     commit = git("log", "-1", "--format=%h", "--", script).stdout.decode().strip()
     changed = git("diff", "--quiet", "HEAD", "--", script).returncode == 1
-    versions = [version("torch"), version("gymnasium")]
-    return [commit + "+" * changed, platform.python_version(), *versions, cpu()]
+    versions = [platform.python_version(), version("torch"), version("gymnasium")]
+    return [commit + ("+" if changed else ""), *versions, cpu()]
 
 
 def cpu():

@@ -2,20 +2,9 @@
 
     python benchmark/rlhf.py    # runs what is missing in results/rlhf.csv, two at a time
 
-A half-trained LunarLander agent is the reference. It is fine-tuned with `ppo.py --reference` on
-a proxy of the true reward, as language models are on a learned reward model. The proxy is the
-true reward plus BONUS for every step near the pad. It agrees with the true reward on how to get
-there, but it can be gamed: hovering near the pad until the time limit pays more than landing.
-What a trained agent is worth is the true return.
-
-Fixed before the runs: BETAS, BONUS, five seeds, and the rule of the verdict. "The KL penalty
-keeps the policy from drifting and from gaming the reward" holds if
-(1) the mean KL to the reference per episode falls from each β to the next larger one,
-(2) without a penalty (β = 0) the proxy return is above the reference's, the true return below,
-(3) some β > 0 has a true return above that of β = 0.
-"Above" and "below" mean that the 95 % interval over seeds of the mean, or of the difference of
-two means (Welch), excludes the other value, or 0. It fails if (1), (2) or (3) is reversed in
-that sense. Otherwise it is not settled.
+A half-trained LunarLander agent is the reference. `ppo.py --reference` fine-tunes it on a proxy of
+the true reward: the true one plus BONUS for every step near the pad. The rule of the verdict was
+fixed before the runs and stands in README.md, beside this file.
 """
 
 import os
@@ -102,34 +91,28 @@ def train(beta, seed, *flags):
 def main():
     sys.path.insert(0, str(results.ROOT))
     torch.set_num_threads(1)
-    path = results.RESULTS / "rlhf.csv"
-    done = (
-        set(
-            pd.read_csv(path)[["beta", "seed"]]
-            .astype(str)
-            .itertuples(index=False, name=None)
-        )
-        if path.exists()
-        else set()
-    )
+    path, done = results.RESULTS / "rlhf.csv", set()
+    if path.exists():
+        table = pd.read_csv(path, dtype=str)
+        done = set(zip(table.beta, table.seed))
     reference = train("reference", 1, "--env-id", "LunarLander-v3")
 
-    def finish(beta, seed, run_dir):
-        if (str(beta), str(seed)) not in done:
-            with ONE_AT_A_TIME:
-                row = [beta, seed, *results.made_by("ppo.py"), *measure(run_dir, reference)]
-            results.append("rlhf.csv", COLUMNS, [row])
-            print(*row, flush=True)
-
-    def fine_tune(job):
+    def finish(job):
         beta, seed = job
-        if (str(beta), str(seed)) not in done:
-            flags = ["--env-id", "rlhf:ProxyLander-v0", "--reference", str(reference)]
-            finish(beta, seed, train(beta, seed, *flags, "--kl-coef", str(beta)))
+        if (str(beta), str(seed)) in done:
+            return
+        run_dir = reference
+        if beta != "reference":
+            flags = ["--env-id", "rlhf:ProxyLander-v0", "--kl-coef", str(beta)]
+            run_dir = train(beta, seed, *flags, "--reference", reference)
+        with ONE_AT_A_TIME:
+            row = [beta, seed, *results.made_by("ppo.py"), *measure(run_dir, reference)]
+        results.append("rlhf.csv", COLUMNS, [row])
+        print(*row, flush=True)
 
-    finish("reference", 1, reference)
+    finish(("reference", 1))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(fine_tune, [(beta, seed) for seed in range(1, 6) for beta in BETAS]))
+        list(pool.map(finish, [(beta, seed) for seed in range(1, 6) for beta in BETAS]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,172 @@
+"""Tables, verdicts and single numbers for claims.md and for the prose of both READMEs."""
+
+import numpy as np
+import pandas as pd
+from claims import (
+    comparisons,
+    first_effects,
+    judge,
+    kl_ratios,
+    metric,
+    names,
+    random_returns,
+    second_scores,
+    values,
+)
+from estimates import iqm, paired_effects, welch
+from results import RESULTS, ROOT
+from studies import CHEETAH, LUNAR
+from tables import CI, final_runs, number, rounds_of_speed
+
+
+def percent(x):
+    text = f"{100 * x:+.0f}"
+    return ("0" if float(text) == 0 else text.replace("-", "−")) + "\u00a0%"
+
+
+def interval(mean, low, high):
+    return f"{percent(mean)} [{percent(low)}, {percent(high)}]"
+
+
+def each_task(effects):
+    return "; ".join(f"{t}: {interval(*e)}" for t, e in effects.items() if t != "all")
+
+
+# ---------- Claims ----------
+def effects(claim):
+    """The comparisons of a claim, round by round."""
+    rows = []
+    for label, found in first_effects(claim).items():
+        paired = each_task(first_effects(claim, paired=True)[label])
+        rows.append([label, each_task(found), paired, interval(*found["all"])])
+    for label, tasks in comparisons(claim).items():
+        scores, missing = second_scores(claim, label)
+        if scores and any(predicted for *_, predicted in tasks.values()):
+            row = [f"{label}, second round", f"missing runs: {missing}", "", ""]
+            if not missing:
+                found = paired_effects(scores, random_returns())
+                row[1:] = ["", each_task(found), interval(*found["all"])]
+            rows.append(row)
+    return pd.DataFrame(
+        rows, columns=["comparison", "each task", "same seeds", "all tasks"]
+    )
+
+
+def ladder_steps():
+    """{step: (mean of the step before, mean, Welch interval of the difference)}."""
+    found = {}
+    for label, tasks in comparisons("ladder").items():
+        arms = [
+            list(values(CHEETAH, x, range(1, 6), "score").values()) for x in tasks[CHEETAH]
+        ]
+        after, before = [(np.mean(x), np.std(x, ddof=1), len(x)) for x in arms[:2]]
+        found[label] = before[0], after[0], welch(after, before)
+    return found
+
+
+def ladder():
+    steps = ladder_steps()
+    rows = [["CleanRL's flags", number(next(iter(steps.values()))[0]), ""]]
+    for label, (before, after, bounds) in steps.items():
+        change = [number(x, 0) for x in (after - before, *bounds)]
+        rows.append([f"+ {label}", number(after), "{} [{}, {}]".format(*change)])
+    return pd.DataFrame(rows, columns=["agent", "mean return", f"change {CI}"])
+
+
+def verdict(claim):
+    if claim == "clip-kl":
+        ratios = [*kl_ratios(CHEETAH).values(), *kl_ratios(LUNAR).values()]
+        return "holds" if 0.5 <= min(ratios) <= max(ratios) <= 2 else "does not hold"
+    if claim == "ladder":
+        clear = [
+            step for step, (*_, (low, high)) in ladder_steps().items() if low * high > 0
+        ]
+        return ", ".join(clear) or "no single step is settled"
+    words = {}
+    for label, (found, (word, tasks, bound), holds) in judge(claim).items():
+        if holds is not None:
+            word = "holds" if holds else "does not hold"
+            word += f" on {', '.join(tasks)}" if 0 < len(tasks) < len(found) - 1 else ""
+        elif word == "not settled":
+            word += f" (±\u00a0{100 * bound:.0f}\u00a0%)"
+        words[label] = word
+    if len(set(words.values())) == 1:
+        return words.popitem()[1]
+    return "; ".join(f"{label}: {word}" for label, word in words.items()) or "not run yet"
+
+
+def verdicts():
+    """The claims, whose statements are the headings of claims.md."""
+    lines = (ROOT / "benchmark/claims.md").read_text().splitlines()
+    heads = dict(line[4:].split(". ", 1) for line in lines if line.startswith("### "))
+    rows, special = [], {"clip-kl": f"KL over ½ε²: {kl_range(CHEETAH)}; {kl_range(LUNAR)}"}
+    special["ladder"] = " → ".join(ladder()["mean return"])
+    for claim_number, claim in names().items():
+        found = "; ".join(f"{x}: {each_task(e)}" for x, (e, _, _) in judge(claim).items())
+        found = special.get(claim, found)
+        rows.append([heads[str(claim_number)], found, verdict(claim)])
+    return pd.DataFrame(rows, columns=["claim", f"effect {CI}", "verdict"])
+
+
+# ---------- Numbers in the prose ----------
+def effect(claim, label, task="all"):
+    return interval(*first_effects(claim)[label][task])
+
+
+def kl_range(task):
+    ratios = kl_ratios(task).values()
+    return f"{min(ratios):.2f} to {max(ratios):.2f} ({task})"
+
+
+def scores(task, arm):
+    """The scores of the first round, in order."""
+    return ", ".join(
+        number(x, 0) for x in sorted(values(task, arm, range(1, 21), "score").values())
+    )
+
+
+def mean_score(task, arm, first, last):
+    found = values(task, arm, range(int(first), int(last) + 1), "score")
+    return number(np.mean(list(found.values())), 0)
+
+
+def mean_metric(arm, name):
+    return f"{np.nanmean(metric(arm, name)):.2g}"
+
+
+def final(task, column):
+    found = final_runs(task)[column]
+    return number(iqm(found) if column == "score" else found.median())
+
+
+def speedup(script, program, machine=""):
+    rounds = next(
+        x for name, x in rounds_of_speed(script).items() if name.startswith(machine)
+    )
+    return f"{(rounds[program] / rounds['stable-baselines3']).median():.1f}"
+
+
+def lines(script):
+    return str(len((ROOT / script).read_text().splitlines()))
+
+
+def rlhf_verdict(part=None):
+    """Applies the rule of the study, for one of its three parts or for all."""
+    runs = pd.read_csv(RESULTS / "rlhf.csv")
+    arms = [runs[runs.beta == beta] for beta in ("reference", "0", "0.1", "0.3", "1", "3")]
+    reference, none, *others = arms
+
+    def sign(x, y):
+        """Of the difference of means, 0 if its 95 % interval holds 0; one run is a number."""
+        numbers = [
+            (z.mean(), z.std(ddof=1), len(z)) if len(z) > 1 else (z.mean(), 0, 2)
+            for z in (x, y)
+        ]
+        return int(np.sign(welch(*numbers)).sum() / 2)
+
+    falls = [sign(a.kl, b.kl) for a, b in zip(arms[1:], others)]
+    games = [sign(none.proxy, reference.proxy), sign(reference.true, none.true)]
+    helps = [sign(arm.true, none.true) for arm in others]
+    parts = [min(falls), min(games), max(helps)]
+    found = parts[int(part) - 1] if part else min(parts)
+    return {1: "holds", 0: "is not settled by this data", -1: "does not hold"}[found]

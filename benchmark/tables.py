@@ -1,0 +1,239 @@
+"""Tables of the results, as report.py fills them in: each function returns a DataFrame."""
+
+import re
+
+import numpy as np
+import pandas as pd
+from estimates import interval, iqm, paired_effects, welch
+from results import RESULTS, load, load_curves, select
+from studies import CHEETAH, LUNAR, MUJOCO, TUNED, runs
+
+TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO.split(), "Ant-v4"]
+TASKS += ["BipedalWalker-v3", "Pendulum-v1", "Pong", "Breakout", "BeamRider"]
+PROTOCOLS = ["training", "sampled", "greedy", "best"]
+CI = "[95\u00a0%]"  # with a space that does not break
+
+
+# ---------- Numbers ----------
+def number(x, digits=None):
+    """With thousands separated; one decimal below 500."""
+    text = f"{x:,.{(1 if abs(x) < 500 else 0) if digits is None else digits}f}"
+    return text.replace("-", "−")
+
+
+def spread(scores):
+    """Mean ± standard deviation over seeds."""
+    scores = np.array(scores)[np.isfinite(scores)]
+    if len(scores) == 0:
+        return ""
+    digits = 1 if abs(scores.mean()) < 500 else 0
+    deviation = f" ± {number(scores.std(ddof=1), digits)}" if len(scores) > 1 else ""
+    return number(scores.mean(), digits) + deviation
+
+
+def with_count(scores):
+    return f"{spread(scores)} ({len(scores)})"
+
+
+def middle(scores):
+    """Interquartile mean and its interval; each seed's score where there are two or three."""
+    if len(scores) == 0:
+        return ""
+    digits = 1 if abs(scores.mean()) < 500 else 0
+    low_high = [number(x, digits) for x in interval(scores)] if len(scores) > 2 else []
+    text = f"**{number(iqm(scores), digits)}**" + (
+        f" [{', '.join(low_high)}]" if low_high else ""
+    )
+    each = ", ".join(number(x, digits) for x in scores)
+    return f"{text} ({each})" if len(scores) in (2, 3) else text
+
+
+# ---------- Results ----------
+def final_runs(task, arm="default"):
+    """The runs that count for a task with default or tuned flags: those of the study "results",
+    where it has any, else older ones."""
+    found, chosen = select(load("results"), task, arm), TUNED.get(task, [None])[-1]
+    if found.empty and arm == "default":
+        found = select(load("ppo", "continuous", "atari"), task, arm)
+    if found.empty and chosen and (chosen == "default") == (arm == "default"):
+        found = select(load("tuned"), task, chosen, range(6, 11))
+    short = (
+        found.variation == "short_episodes"
+    ).any()  # whose training returns are of parts
+    return found.assign(score=np.nan) if short else found
+
+
+def all_final_runs(arms=("default", "tuned")):
+    """(name, runs) of all rows; a star where the former scripts made some of the runs."""
+    for task in TASKS:
+        for arm in arms:
+            if len(found := final_runs(task, arm)):
+                star = " \\*" if (found.note == "former script").any() else ""
+                yield task + star + (", tuned" if arm == "tuned" else ""), found
+
+
+def curve(run, name):
+    """Of a row: the curve of a metric, or None."""
+    return load_curves(run.study).get((run.task, run.arm, run.seed, name))
+
+
+def scores(found, protocol):
+    """One score a seed; best: at the evaluation with the highest mean over seeds."""
+    if protocol != "best":
+        return found["score" if protocol == "training" else protocol].dropna().to_numpy()
+    curves = [curve(run, "evaluations") for run in found.itertuples()]
+    curves = np.array([points for points in curves if points is not None])
+    return curves[:, curves.mean(0).argmax()] if len(curves) else curves
+
+
+def results(*tasks):
+    """A row a task and flags, or for the tasks named only."""
+    rows = []
+    for name, found in all_final_runs():
+        if not tasks or name.removesuffix(" \\*") in tasks:
+            of = {protocol: scores(found, protocol) for protocol in PROTOCOLS}
+            row = {
+                "task": name,
+                "steps": f"{found.steps.max() / 1e6:.1f}M",
+                "seeds": len(found),
+            }
+            row |= {f"training: interquartile mean {CI}": middle(of["training"])}
+            row |= {"mean ± std": spread(of["training"]), "sampled": spread(of["sampled"])}
+            row |= {"greedy": spread(of["greedy"]), "best evaluation": spread(of["best"])}
+            rows.append(row | {"minutes": number(found.minutes.median(), 1)})
+    return pd.DataFrame(rows)
+
+
+def best_published(task, steps, protocol):
+    """The row with the highest mean of this protocol, at up to the same number of steps."""
+    table = pd.read_csv(RESULTS / "published.csv")
+    table = table[(table.task == task) & (table.protocol == protocol)]
+    table = table[table.steps <= 1.01 * steps]
+    return None if table.empty else table.loc[table["mean"].idxmax()]
+
+
+def compared(arms=("default", "tuned")):
+    """Ours beside the best published score of each protocol: like with like."""
+    rows = []
+    for name, found in all_final_runs(arms):
+        for protocol in PROTOCOLS:
+            best = best_published(found.task.iloc[0], found.steps.max(), protocol)
+            ours = scores(found, protocol)
+            if best is None or len(ours) == 0:
+                continue
+            theirs, difference = number(best["mean"]), ours.mean() - best["mean"]
+            text, word, low, high = number(difference), ", by point", difference, difference
+            if len(ours) > 1 and best.seeds > 1 and best.spread >= 0:
+                there = best["mean"], best.spread, best.seeds
+                low, high = welch((ours.mean(), ours.std(ddof=1), len(ours)), there)
+                theirs += f" ± {number(best.spread)} ({best.seeds:.0f})"
+                text, word = f"{text} [{number(low)}, {number(high)}]", ""
+            low, high = np.round([low, high], 1 if abs(best["mean"]) < 500 else 0)
+            word = ("ahead" if low > 0 else "behind" if high < 0 else "level") + word
+            source = f"[{best.source}]({best.address}), {best.env_version}"
+            row = [name, protocol, with_count(ours), theirs, source, text, word]
+            rows.append(row)
+    columns = ["task", "protocol", "ours (seeds)", "best published (seeds)", "by"]
+    return pd.DataFrame(rows, columns=[*columns, f"difference {CI}", "ours is"])
+
+
+def counts(arm):
+    """On which tasks ours is ahead, level or behind, by protocol."""
+    table = compared((arm,))
+    words = table["ours is"].str.split(",").str[0]
+    text = lambda tasks: (
+        f"{len(tasks)}: " + ", ".join(re.sub(r" \\\*|, tuned", "", task) for task in tasks)
+    )
+    counted = table.groupby(["protocol", words], sort=False).task.agg(text).unstack()
+    order = [word for word in ("ahead", "level", "behind") if word in counted]
+    return counted.reindex(PROTOCOLS)[order].dropna(how="all").fillna("0").reset_index()
+
+
+def hyperparameters():
+    """The flags of each row of the results that are not the defaults of its script."""
+    table = pd.DataFrame(runs("results") + runs("atari")).drop_duplicates(["task", "arm"])
+    table["flags"] = "`" + table["flags"].str.replace(" ?--compile", "", regex=True) + "`"
+    return table[["task", "arm", "script", "flags", "variation"]].replace("``", "defaults")
+
+
+# ---------- Studies ----------
+def arms(study, column="score"):
+    """Mean ± standard deviation of each arm, with the number of seeds."""
+    groups = load(study).groupby(["task", "arm"], sort=False)[column]
+    return groups.agg(with_count).unstack().reset_index()
+
+
+def defaults():
+    """The rule for the defaults: candidates over today's, seed by seed, averaged over tasks."""
+    table, rows = (
+        load("defaults").pivot(index="seed", columns=["arm", "task"], values="score"),
+        [],
+    )
+    for arm in table.columns.unique("arm").drop("default", errors="ignore"):
+        ratios = (table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
+        if len(ratios) > 1:
+            scores_of_one = {"": (ratios, np.ones(len(ratios)))}
+            bounds = [f"{1 + x:.3f}" for x in paired_effects(scores_of_one, {"": 0})["all"]]
+            rows.append([arm, len(ratios), "**{}** [{}, {}]".format(*bounds)])
+    return pd.DataFrame(rows, columns=["candidate", "seeds", f"ratio to the default {CI}"])
+
+
+def tuned():
+    """The candidates on seeds 1 to 5, and the chosen one on other seeds."""
+    table = load("tuned")
+    played = table.score.where(table.arm != "short-episodes", table.sampled)
+    part = np.where(table.seed <= 5, "seeds 1 to 5", "seeds 6 to 10")
+    table = played.groupby([table.task, table.arm, part], sort=False).agg(spread).unstack()
+    flags = {(run.task, run.arm): f"`{run.flags}`" for run in runs("tuned")}
+    table.insert(0, "flags", table.index.map(flags).str.replace("``", ""))
+    return table.sort_index().reset_index().rename(columns={"arm": "candidate"})
+
+
+def diagnostics():
+    """Metrics in the first and in the last tenth of one run of each script."""
+    rows = []
+    for task in ("CartPole-v1", LUNAR, CHEETAH, "Breakout"):
+        found = final_runs(task)
+        run, row = next(found[found.note == ""].itertuples()), {"run": task.split("-")[0]}
+        for name in ("clipfrac", "approx_kl", "entropy", "explained_variance", "grad_norm"):
+            points = curve(run, name)
+            ends = [f"{np.nanmean(part):.2g}" for part in (points[:10], points[-10:])]
+            row[f"`{name}`"] = " → ".join(ends).replace("-", "−")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def rounds_of_speed(script):
+    """{machine: table of rounds × programs}, of the last day on each machine."""
+    table, found = pd.read_csv(RESULTS / "speed.csv"), {}
+    for machine, turns in table[table.script == script].groupby(["cpu", "cores", "torch"]):
+        turns = turns[turns.date == turns.date.max()]
+        wide = turns.pivot(index="round", columns="program", values="steps_per_second")
+        name = "{}, {} cores, torch {}, {}".format(*machine, turns.date.max())
+        found[name] = wide[turns.program.unique()]
+    return found
+
+
+def speed(script):
+    """Medians of the rounds, and ratios to the peers, taken round by round."""
+    tables = []
+    for machine, rounds in rounds_of_speed(script).items():
+        table = pd.DataFrame({"steps per second": rounds.median().map("{:,.0f}".format)})
+        table.insert(0, "machine", machine)
+        other = rounds.columns.str.contains(
+            "num-envs|own defaults"
+        )  # other hyperparameters
+        for peer in rounds.columns.intersection(["stable-baselines3", "CleanRL", "SBX"]):
+            ratios = rounds.loc[:, ~other].drop(columns=peer).div(rounds[peer], axis=0)
+            text = lambda x: f"**{x.median():.2f}** ({x.min():.2f}–{x.max():.2f})"
+            table[f"× {peer}"] = ratios.agg(text)
+        tables.append(table.reset_index())
+    return pd.concat(tables)
+
+
+def rlhf():
+    table = pd.read_csv(RESULTS / "rlhf.csv").groupby("beta")
+    table = table[["kl", "proxy", "true"]].agg(spread).reset_index()
+    return table.set_axis(
+        ["β", "KL to the reference", "proxy return", "true return"], axis=1
+    )
