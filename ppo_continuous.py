@@ -1,20 +1,24 @@
 """Proximal Policy Optimization (PPO) for continuous actions and vector observations.
 
-    python ppo_continuous.py                                              # HalfCheetah-v5
-    python ppo_continuous.py --env-id Hopper-v5 --seed 2                  # --help lists all flags
-    python ppo_continuous.py --resume runs/DIR                            # continue a run
+    python ppo_continuous.py                                    # HalfCheetah-v5, 6 minutes
+    python ppo_continuous.py --env-id Hopper-v5 --seed 2        # --help lists all flags
+    python ppo_continuous.py --resume runs/DIR                  # continue a run
     python ppo_continuous.py --evaluate runs/DIR --greedy --capture-video  # play and film
 
-Read from the top; everything after train is tooling. The README explains labels like (gae).
-Shapes: T steps of N environments; B rows, or (T, N); observations of size D, actions of size A.
+In this order: flags, equations, agent, training. What follows training is tooling.
+Names in brackets, like (gae), mark equations; the project's README explains them.
+Shapes: T steps of N environments; B rows of a batch; observations of D numbers,
+actions of A numbers.
 """
 
 import csv
 import json
 import math
 import os
+import shlex
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,108 +31,143 @@ import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
-SCRIPT = "ppo_continuous.py"
-LOGS = ("metrics.csv", "episodes.csv")  # in each run directory
+SCRIPT = Path(__file__).name
 
 
 # ---------- Flags ----------
 @dataclass
-class Args:  # tyro: each field is a flag, its comment the help
-    env_id: str = "HalfCheetah-v5"  # environment with continuous actions, or my_module:MyEnv-v0
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: the environment's, or sync
-    total_timesteps: int = 1_000_000  # of all environments, in whole rollouts
+class Args:  # tyro makes each field a flag and its comment the flag's help
+    env_id: str = "HalfCheetah-v5"  # with continuous actions; your own: my_module:MyEnv-v0
+    vectorization_mode: Literal["sync", "async"] | None = None  # None: gymnasium decides
+    total_timesteps: int = 1_000_000  # of all environments together, in whole rollouts
     num_envs: int = 32  # parallel environments, N
-    num_steps: int = 64  # steps of each environment in a rollout, T; at least 2
-    seed: int = 1  # seeds everything random, in [0, 2^32)
+    num_steps: int = 64  # steps of each environment in a rollout, T
+    seed: int = 1  # decides everything that is random
 
     learning_rate: float = 3e-4  # initial learning rate of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly to 0, (lr)
-    gamma: float = 0.99  # discount factor in [0, 1], (td)
-    gae_lambda: float = 0.95  # λ: 0 gives least variance, 1 least bias, (gae)
-    bootstrap_truncated: bool = True  # add the value of the state after a time limit, (td)
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of the advantages: 0 least variance, 1 least bias
+    bootstrap_truncated: bool = True  # at a time limit, count the value of the last state
     num_minibatches: int = 32  # minibatches per epoch; must divide num_envs * num_steps
     update_epochs: int = 10  # passes over each rollout
-    norm_adv: bool = True  # normalise the advantages of each minibatch, (norm)
-    clip_coef: float = 0.2  # ε: moving the ratio further than this from 1 gains nothing, (clip)
-    clip_vloss: bool = False  # clip the value loss with the same ε, (vf-clip)
-    ent_coef: float = 0.0  # weight of the entropy bonus, c_e in (total)
-    vf_coef: float = 0.5  # weight of the value loss, c_v in (total)
-    max_grad_norm: float = 0.5  # upper limit of the gradient's norm; inf: none
-    target_kl: float | None = 0.02  # stop an update after an epoch with a larger approx_kl, (k3)
-    norm_obs: bool = True  # normalise observations by running mean and variance, (obs-norm)
-    norm_reward: bool = True  # divide rewards by the std of discounted sums, (rew-norm)
-    initial_log_std: float = -0.5  # logarithm of the initial standard deviation of the actions
-    rescale_actions: bool = True  # map [-1, 1] to the range of the actions, (action-map); off: clip
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: float = 0.2  # epsilon: no gain from a ratio further than this from 1
+    clip_vloss: bool = False  # clip the value loss with the same epsilon
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # longer gradients are shortened to this norm; inf: none
+    target_kl: float | None = 0.02  # end an update after an epoch with a larger approx_kl
+    norm_obs: bool = True  # normalise observations by their running mean and variance
+    norm_reward: bool = True  # divide rewards by the running deviation of their sums
+    initial_log_std: float = -0.5  # log of the actions' standard deviation at the start
+    rescale_actions: bool = True  # map [-1, 1] to the range of the actions; no: only clip
     recompute_advantages: bool = True  # before each epoch, with the critic's new values
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # for training; auto: a GPU if there is one
-    threads: int = 1  # CPU threads of torch in training
-    compile: bool = False  # use torch.compile (CUDA graphs on a GPU); starts slowly
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
+    threads: int = 1  # CPU threads of torch; more are slower for networks this small
+    compile: bool = False  # torch.compile: faster after a minute of compilation
     runs_dir: str = "runs"  # holds the run directories
-    save_every: int | None = None  # iterations between checkpoints, which cut episodes; None: auto
+    save_every: int | None = None  # iterations between checkpoints; None: 20 in a run
     resume: str | None = None  # continue the run in this directory, with its own flags
-    track: bool = False  # log to Weights & Biases, project $WANDB_PROJECT; offline if not logged in
+    track: bool = False  # log to Weights & Biases, offline if not logged in
     evaluate: str | None = None  # play the agent of this run directory
     eval_episodes: int = 10  # episodes that --evaluate plays in each environment
     greedy: bool = False  # with --evaluate: the most probable actions, not sampled ones
     capture_video: bool = False  # with --evaluate: film the first environment
 
-    def __post_init__(self):
-        lowest = dict.fromkeys(["num_envs", "num_minibatches", "update_epochs", "threads"], 1)
-        lowest |= {"save_every": 1, "eval_episodes": 1, "num_steps": 2, "initial_log_std": -10}
-        highest = {"seed": 2**32 - 1, "gamma": 1, "gae_lambda": 1, "initial_log_std": 10}
-        for name, value in vars(self).items():
-            low, high = lowest.get(name, 0), highest.get(name, math.inf)
-            if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-        rows, parts = self.num_envs * self.num_steps, self.num_minibatches  # of a rollout
-        if self.resume is None and self.evaluate is None:
-            if self.total_timesteps < rows:
-                raise UsageError(f"--total-timesteps {self.total_timesteps}: must be >= {rows}")
-            if rows % parts > 0 or rows < 2 * parts:
-                raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
-        if self.resume is not None and self.evaluate is not None:
-            raise UsageError("--resume and --evaluate exclude each other")
-        if (self.greedy or self.capture_video) and self.evaluate is None:
-            raise UsageError("--greedy and --capture-video need --evaluate")
+
+# ---------- Equations ----------
+def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016).
+
+    (td)   δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
+    (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
+
+    An episode is done when it terminated (no reward can follow: V is 0 there) or when a
+    time limit truncated it (rewards would have followed: V stands for them).
+
+    rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decays = gamma * gae_lambda * ~done
+
+    advantages, advantage = [], 0
+    for t in reversed(range(len(deltas))):
+        advantage = deltas[t] + decays[t] * advantage
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])
 
 
-class UsageError(ValueError):
-    """Bad input; main prints it."""
+def normalize_advantages(advantages):
+    """(norm): mean 0 and standard deviation 1 over a minibatch (B,)."""
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
 
-# ---------- Environments ----------
-def make_envs(args):
-    """A VectorEnv of args.num_envs environments with flat observations (N, D)."""
-    options = {"render_mode": "rgb_array"} if args.capture_video else {}
-    try:
-        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise UsageError(f"--env-id {args.env_id}: {error}") from error
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(action_space, gym.spaces.Box) or action_space.dtype.kind != "f":
-        raise UsageError(f"{args.env_id}: needs Box actions of floats; Discrete: ppo.py")
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise UsageError(f"{args.env_id}: must reset in the step after an episode (NEXT_STEP)")
-    if args.capture_video:
-        folder = f"{args.evaluate}/videos/{time.time_ns()}"
-        options = {"record_first_only": True, "episode_trigger": lambda n: n < args.eval_episodes}
-        envs = gym.wrappers.vector.RecordVideo(envs, folder, **options)
-    is_flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
-    return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
+def policy_loss(log_ratio, advantages, clip_coef):
+    """(clip): −E[min(ρ Â, clip(ρ, 1−ε, 1+ε) Â)], where E is the mean over a minibatch,
+    (ratio) ρ = π(a|s) / π_old(a|s) = exp(log_ratio), and ε = clip_coef. Inputs (B,)."""
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
 
-def start_envs(args, iteration):
-    """New environments and observations. Seed and iteration decide all randomness from here on."""
-    state = np.random.SeedSequence((args.seed, iteration)).generate_state(1)
-    seed = int(state[0]) % (2**31 - 1 - args.num_envs)  # environment i gets seed + i < 2^31
-    torch.manual_seed(seed)
-    envs = make_envs(args)
-    obs, _ = envs.reset(seed=seed)
-    return envs, obs
+def value_loss(values, old_values, returns, clip_coef):
+    """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
+    V_clip = V_old + clip(V − V_old, −ε, ε). With clip_coef None, (vf): ½ E[(V − R̂)²].
+    Inputs (B,)."""
+    error = (values - returns) ** 2
+    if clip_coef is not None:
+        clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+        error = torch.max(error, (clipped_values - returns) ** 2)
+    return 0.5 * error.mean()
 
 
-# ---------- Agent ----------
+def ppo_loss(agent, batch, args):
+    """(total): −L_CLIP + c_v L_VF − c_e H; c_v = vf_coef, c_e = ent_coef, H is the entropy.
+
+    agent is an Agent (below), batch a dict of columns (B, ...) → loss, metrics to log."""
+    log_probs, entropy = agent.evaluate_actions(batch["x"], batch["actions"])
+    log_ratio = log_probs - batch["old_log_probs"]
+
+    advantages = batch["advantages"]
+    if args.norm_adv:
+        advantages = normalize_advantages(advantages)
+    pi_loss = policy_loss(log_ratio, advantages, args.clip_coef)
+
+    values = agent.value(batch["x"])
+    value_clip = args.clip_coef if args.clip_vloss else None
+    v_loss = value_loss(values, batch["old_values"], batch["returns"], value_clip)
+
+    loss = pi_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
+
+    log_ratio = log_ratio.detach()  # the rest is only looked at
+    ratio_dev = log_ratio.exp() - 1  # ρ − 1
+    return loss, {
+        "policy_loss": pi_loss.detach(),
+        "value_loss": v_loss.detach(),
+        "entropy": entropy.detach().mean(),
+        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ] estimates KL(π_old, π)
+        "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): with less noise; E[ρ − 1] is 0
+        "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
+        "max_ratio_dev": ratio_dev.abs().max(),
+    }
+
+
+def compute_gradient(agent, batch, args):
+    """Adds the gradient of the loss to .grad, shortened to max_grad_norm → metrics."""
+    loss, logged = ppo_loss(agent, batch, args)
+    loss.backward()
+    logged["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    return logged
+
+
+def explained_variance(advantages, returns):
+    """(ev): 1 − Var(R̂ − V) / Var(R̂): 1 for a perfect critic, 0 for a constant one.
+    R̂ − V is Â. Inputs (B,) → float, or None where R̂ does not vary."""
+    explained = 1 - advantages.var(correction=0) / returns.var(correction=0)
+    return explained.item() if explained.isfinite() else None
+
+
 class RunningStats(nn.Module):
     """Mean and variance of all rows seen so far; buffers, so that they are saved."""
 
@@ -136,20 +175,39 @@ class RunningStats(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape) by Chan's formula; how they are split does not matter."""
+        """Merges rows (B, *shape). The variance of old and new rows together is the mean of
+        their two variances, plus the variance between their means (Chan et al. 1979)."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
-        share = len(rows) / (self.count + len(rows))  # the new rows' share of all
+        share = len(rows) / (self.count + len(rows))  # the new rows' weight
         delta = mean - self.mean
         self.mean += share * delta
         self.var += share * (var - self.var) + share * (1 - share) * delta**2
         self.count += len(rows)
 
 
+def scale_rewards(rewards, valid, stats, gamma, running_sum):
+    """(rew-norm): r_t / √Var(G), clipped to ±10. G_t = γ G_{t−1} + r_t sums past rewards,
+    anew in each episode; stats keeps its running variance.
+
+    rewards (T, N); valid (T, N), False where a step only reset; running_sum (N,), the last
+    G of the previous rollout → scaled rewards (T, N), the last G of this one (N,)."""
+    sums = []
+    for t in range(len(rewards)):
+        running_sum = gamma * running_sum * valid[t] + rewards[t]
+        sums.append(running_sum)
+    stats.update(torch.stack(sums)[valid])
+
+    std = (stats.var + 1e-8).sqrt().float()
+    return (rewards / std).clamp(-10, 10), running_sum
+
+
+# ---------- Agent ----------
 def mlp(inputs, units, outputs, output_gain):
-    """Two hidden layers of tanh units; orthogonal weights, zero biases."""
+    """Two hidden layers of tanh units. Orthogonal weights, √2 for tanh: signals keep their
+    size from layer to layer."""
     layers = [nn.Linear(inputs, units), nn.Linear(units, units), nn.Linear(units, outputs)]
     for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), output_gain]):
         nn.init.orthogonal_(layer.weight, gain)
@@ -158,22 +216,29 @@ def mlp(inputs, units, outputs, output_gain):
 
 
 class Agent(nn.Module):
-    """The policy (actor) and the value function (critic). x are observations after `normalize`."""
+    """The policy (actor) and the value function (critic). x are normalised observations."""
 
-    def __init__(self, observation_space, action_space, norm_obs, initial_log_std, rescale_actions):
+    def __init__(self, envs, args):
         super().__init__()
-        self.norm_obs = norm_obs
-        self.obs_stats = RunningStats(observation_space.shape[0])
-        self.return_stats = RunningStats()  # for (rew-norm)
-        action_size = int(np.prod(action_space.shape))
-        self.actor = mlp(observation_space.shape[0], 64, action_size, 0.01)  # means near 0 at first
-        self.critic = mlp(observation_space.shape[0], 256, 1, 1.0)
-        self.log_std = nn.Parameter(torch.full((action_size,), float(initial_log_std)))
-        self.action_space = action_space
-        rescaled = rescale_actions & np.isfinite(action_space.low) & np.isfinite(action_space.high)
-        low = np.where(rescaled, action_space.low, -1)  # -1 to 1: left as it is
-        high = np.where(rescaled, action_space.high, 1)
-        self.scale, self.middle = high / 2 - low / 2, high / 2 + low / 2  # halves: no overflow
+        inputs = envs.single_observation_space.shape[0]
+        self.norm_obs = args.norm_obs
+        self.obs_stats = RunningStats(inputs)
+        self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
+
+        # Separate networks: the value loss then cannot disturb the policy.
+        # The gain of 0.01 puts the means of all actions near 0 at first.
+        space = envs.single_action_space
+        actions = math.prod(space.shape)
+        self.actor = mlp(inputs, 64, actions, output_gain=0.01)
+        self.critic = mlp(inputs, 256, 1, output_gain=1.0)
+        # One standard deviation for all states, learned as its logarithm: always positive.
+        self.log_std = nn.Parameter(torch.full((actions,), float(args.initial_log_std)))
+
+        # [-1, 1] is mapped to [low, high], where both are finite.
+        self.low, self.high = space.low, space.high
+        mapped = (self.low > -1e30) & (self.high < 1e30) & args.rescale_actions
+        low, high = np.where(mapped, self.low, -1.0), np.where(mapped, self.high, 1.0)
+        self.middle, self.scale = (low + high) / 2, (high - low) / 2
 
     def normalize(self, obs):
         """(obs-norm): observations (B, D) → x (B, D)."""
@@ -185,384 +250,471 @@ class Agent(nn.Module):
     def act(self, x, greedy=False):
         """x (B, D) → actions (B, A): sampled from π, or their means."""
         mean = self.actor(x)
-        return mean if greedy else mean + self.log_std.exp() * torch.randn_like(mean)
+        if greedy:
+            return mean
+        return mean + self.log_std.exp() * torch.randn_like(mean)
 
-    def env_action(self, action):
-        """(action-map): sampled actions, an array (B, A) → what the environment gets."""
-        action = action.reshape(-1, *self.action_space.shape) * self.scale + self.middle
-        low, high = self.action_space.low, self.action_space.high
-        return np.clip(action.astype(self.action_space.dtype), low, high)
+    def env_action(self, actions):
+        """(action-map): actions (B, A), an array → what the environments get."""
+        actions = actions.reshape(-1, *self.low.shape) * self.scale + self.middle
+        return np.clip(actions.astype(self.low.dtype), self.low, self.high)
 
     def value(self, x):
-        """x (B, D) → V(s) (B,)."""
+        """x (B, D) → V(s) (B,). Also (T, N, D) → (T, N)."""
         return self.critic(x).squeeze(-1)
 
-    def evaluate_actions(self, x, action):
-        """x (B, D), action (B, A) → log π(a|s), (gaussian), and (entropy), both (B,)."""
-        z = (action - self.actor(x)) / self.log_std.exp()
-        log_normalizer = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
-        entropy = log_normalizer + 0.5 * len(self.log_std)
-        return -0.5 * (z * z).sum(-1) - log_normalizer, entropy.expand(z.shape[:-1])
-
-
-def flat_parameters(agent):
-    """Moves all parameters into one vector; weights and gradients become views of it and its grad.
-
-    Only for speed: clipping and Adam then take one operation, not one per layer. Call it after
-    agent.to(device), and zero the gradient in place: setting None breaks the views."""
-    parameters = list(agent.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    vector.grad = torch.zeros_like(vector)
-    nn.utils.vector_to_parameters(vector.data, parameters)  # makes them views
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, grad in zip(parameters, vector.grad.split(sizes)):
-        parameter.grad = grad.view_as(parameter)
-    return vector
-
-
-# ---------- Equations ----------
-def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016).
-
-    (td)   δ_t = r_t + γ V(s_{t+1}) (1 − terminated_t) − V(s_t)
-    (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
-
-    rewards, terminated, done (T, N); values (T+1, N) → advantages (T, N). After termination no
-    reward follows; after a time limit (done, not terminated), V(s_{t+1}) stands for the rest."""
-    deltas = rewards + gamma * values[1:] * (1 - terminated.to(values)) - values[:-1]
-    decays = gamma * gae_lambda * (1 - done.to(values))
-    advantages, advantage = [], 0
-    for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + decays[t] * advantage
-        advantages.insert(0, advantage)
-    return torch.stack(advantages)
-
-
-def normalize_advantages(advantages):
-    """(norm): mean 0 and standard deviation 1 over a minibatch (B,)."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
-
-def policy_loss(log_ratio, advantages, clip_coef):
-    """(clip): −E[min(ρ Â, clip(ρ, 1−ε, 1+ε) Â)], ρ = exp(log_ratio), ε = clip_coef; inputs (B,)."""
-    ratio = log_ratio.exp()  # ρ, (ratio)
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
-
-
-def value_loss(values, old_values, returns, clip_coef):
-    """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], V_clip = V_old + clip(V − V_old, −ε, ε).
-    Inputs (B,); ε = clip_coef, None for the unclipped (vf)."""
-    error = (values - returns) ** 2
-    if clip_coef is not None:
-        clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (clipped_values - returns) ** 2)
-    return 0.5 * error.mean()
-
-
-def ppo_loss(agent, batch, args):
-    """(total): −L_CLIP + c_v L_VF − c_e H over a minibatch, and metrics to log."""
-    log_probs, entropy = agent.evaluate_actions(batch["x"], batch["actions"])
-    log_ratio = log_probs - batch["old_log_probs"]
-    advantages = batch["advantages"]
-    if args.norm_adv:
-        advantages = normalize_advantages(advantages)
-    pi_loss = policy_loss(log_ratio, advantages, args.clip_coef)
-    value_clip = args.clip_coef if args.clip_vloss else None
-    v_loss = value_loss(agent.value(batch["x"]), batch["old_values"], batch["returns"], value_clip)
-    loss = pi_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
-
-    log_ratio = log_ratio.detach()
-    ratio_dev = log_ratio.exp() - 1  # ρ − 1
-    return loss, {
-        "policy_loss": pi_loss.detach(),
-        "value_loss": v_loss.detach(),
-        "entropy": entropy.detach().mean(),
-        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ], the old, noisy estimate
-        "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): E[ρ − 1 − log ρ], never negative
-        "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
-        "max_ratio_dev": ratio_dev.abs().max(),
-    }
-
-
-def scale_rewards(rewards, resets, stats, gamma, running_sum):
-    """(rew-norm): divides rewards (T, N) by the standard deviation of their discounted sums, and
-    clips to ±10. Sums restart at resets (T, N); running_sum (N,) is kept between rollouts."""
-    sums = []
-    for t in range(len(rewards)):
-        running_sum = gamma * running_sum * ~resets[t] + rewards[t]
-        sums.append(running_sum)
-    stats.update(torch.stack(sums)[~resets])
-    return (rewards / (stats.var + 1e-8).sqrt().float()).clamp(-10, 10), running_sum
+    def evaluate_actions(self, x, actions):
+        """x (B, D), actions (B, A) → log π(a|s), (gaussian), and (entropy), both (B,).
+        Also (T, N, D), (T, N, A) → (T, N)."""
+        z = (actions - self.actor(x)) / self.log_std.exp()
+        log_probs = -0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)
+        entropy = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
+        return log_probs.sum(-1), entropy.sum().expand(z.shape[:-1])
 
 
 # ---------- Training ----------
-def train(args):
-    """Trains an agent, or continues the run in args.resume; returns the run directory."""
-    T, N = args.num_steps, args.num_envs
-    batch_size = T * N
-    iterations = args.total_timesteps // batch_size
+def train(args, after_iteration=None):
+    """Trains an agent, or continues the run in args.resume; returns the run directory.
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+    after_iteration(agent, metrics) is called after each iteration: a place to evaluate."""
+    check(args)
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)  # for the initial weights
-    envs = make_envs(args)  # for their spaces; training starts with new ones
-    spaces = envs.single_observation_space, envs.single_action_space
-    agent = Agent(*spaces, args.norm_obs, args.initial_log_std, args.rescale_actions).to(device)
-    parameters = flat_parameters(agent)  # one vector
-    optimizer = torch.optim.Adam([parameters], args.learning_rate, eps=1e-5, fused=True)
-    loss_function = torch.compile(ppo_loss, mode="reduce-overhead") if args.compile else ppo_loss
+    run = Run(args)  # reads the checkpoint of --resume
+    envs, first_obs = start_envs(args, run.iteration)  # seeds torch, too
+    try:
+        run_iterations(args, run, envs, first_obs, after_iteration)
+    finally:  # also after an error
+        envs.close()
+        run.close()
+    return run.directory
 
-    # The environments use numpy, so a rollout is recorded in numpy.
+
+def run_iterations(args, run, envs, first_obs, after_iteration):
+    """The algorithm: rollout, advantages, update, again and again."""
+    T, N = args.num_steps, args.num_envs
+    iterations = args.total_timesteps // (T * N)
+
+    device = choose_device(args)
+    agent = Agent(envs, args).to(device)
+    # Adam's usual eps, 1e-8, would let weights with tiny gradients take full steps.
+    optimizer = torch.optim.Adam(
+        agent.parameters(), args.learning_rate, eps=1e-5, fused=True
+    )
+    backward = compiled(compute_gradient) if args.compile else compute_gradient
+    run.open(agent, optimizer)  # makes the run directory, or loads the checkpoint
+
+    # Environments use numpy, so a rollout is recorded in numpy.
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
-    done = np.zeros((T + 1, N), bool)  # done[t]: step t-1 ended an episode, step t only resets
     actions = np.zeros((T, N, len(agent.log_std)), np.float32)
     rewards = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
+    done = np.zeros((T, N), bool)  # this step ended an episode: terminated or truncated
+    reset = np.zeros((T, N), bool)  # this step ignored its action and began a new episode
+    reward_sums = torch.zeros(N, device=device)  # for (rew-norm)
     to_tensor = lambda array: torch.from_numpy(array).to(device)
 
-    run_dir, iterations_done, seconds_done = open_run(args, agent, optimizer)
-    logger = Logger(args, run_dir, iterations_done * batch_size, iterations * batch_size)
-    began = time.perf_counter() - seconds_done
-    # Checkpoints cut episodes, so keep them ten time limits apart (if there is one).
-    ten_episodes = 10 * (envs.spec.max_episode_steps or 0) / T  # in iterations
-    save_every = args.save_every or math.ceil(max(iterations / 20, ten_episodes))
-    for iteration in range(iterations_done + 1, iterations + 1):
-        iteration_began = time.perf_counter()
-        if (iteration - 1) % save_every == 0:  # also at the start
-            # Each checkpoint starts new environments, so their state need not be saved.
-            save_checkpoint(run_dir, agent, optimizer, iteration - 1, iteration_began - began)
-            envs.close()
-            envs, obs[T] = start_envs(args, iteration)
-            done[T] = False
-            sums = torch.zeros(N, device=device)  # of discounted rewards, for (rew-norm)
-            logger.score, logger.length = np.zeros(N), np.zeros(N, int)
+    obs[T] = first_obs
+    for iteration in range(run.iteration + 1, iterations + 1):
         if args.anneal_lr:  # (lr)
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-        # 1. Rollout: the policy plays T steps in N environments.
-        obs[0], done[0] = obs[T], done[T]  # continue where the last rollout ended
-        with torch.inference_mode():  # a faster no_grad
+        # 1. Rollout: the policy plays T steps in N environments. When an episode ends,
+        # obs[t + 1] is its last state. The step after that only resets: Gymnasium ignores
+        # its action, and returns reward 0 and the first state of a new episode.
+        obs[0] = obs[T]  # continue where the last rollout ended
+        reset[0] = done[T - 1]
+        with torch.no_grad():
             for t in range(T):
                 x = agent.normalize(to_tensor(obs[t]))
                 actions[t] = agent.act(x).cpu().numpy()
                 env_action = agent.env_action(actions[t])
                 obs[t + 1], rewards[t], terminated[t], truncated, _ = envs.step(env_action)
-                done[t + 1] = terminated[t] | truncated
+                done[t] = terminated[t] | truncated
+        reset[1:] = done[:-1]
 
-        # 2. Advantages. Values and log-probabilities are those of the policy that played: its
-        # weights have not changed yet, so both can be computed for all steps at once.
+        # 2. Advantages. The weights are still those of the policy that played, so values
+        # and log-probabilities can be computed for all steps at once.
+        valid, ended = to_tensor(~reset), to_tensor(done)
         with torch.no_grad():
             x = agent.normalize(to_tensor(obs))
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
-        resets, ended = to_tensor(done[:-1]), to_tensor(done[1:])  # ended: done_t of (gae)
-        scaled = to_tensor(rewards).float()  # for learning
+
+        r = to_tensor(rewards).float()
         if args.norm_reward:
-            scaled, sums = scale_rewards(scaled, resets, agent.return_stats, args.gamma, sums)
-        stops = to_tensor(terminated) if args.bootstrap_truncated else ended  # no value after these
-        advantages = compute_gae(scaled, values, stops, ended, args.gamma, args.gae_lambda)
+            stats = agent.return_stats
+            r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
+        no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
+        advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
             "x": x[:-1],
             "actions": to_tensor(actions),
             "old_log_probs": log_probs,
             "old_values": values[:-1],
             "advantages": advantages,
-            "returns": advantages + values[:-1],  # (return)
+            "returns": advantages + values[:-1],  # (return), R̂
         }
-        # (valid): drop the steps that only reset, (T, N, ...) → (B, ...)
-        batch = {name: column[~resets] for name, column in batch.items()}
-        explained = 1 - batch["advantages"].var() / batch["returns"].var()  # (ev), as Â = R̂ − V
+        # (valid): steps that only reset are dropped, and (T, N, ...) becomes (B, ...).
+        batch = {name: column[valid] for name, column in batch.items()}
+
+        explained = explained_variance(batch["advantages"], batch["returns"])
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
-        rows = len(batch["actions"])
-        # Repeat a few rows in place of the dropped ones: torch.compile needs fixed shapes.
-        fill_up = torch.arange(batch_size, device=device) % rows
         logs = []
         for epoch in range(args.update_epochs):
-            if epoch > 0 and args.recompute_advantages:
+            if epoch > 0 and args.recompute_advantages:  # with what the critic has learned
                 with torch.no_grad():
                     values = agent.value(x)
-                advantages = compute_gae(scaled, values, stops, ended, args.gamma, args.gae_lambda)
-                batch["old_values"] = values[:-1][~resets]
-                batch["advantages"] = advantages[~resets]
-                batch["returns"] = (advantages + values[:-1])[~resets]
-            order = torch.randperm(rows, device=device)[fill_up]
-            epoch_kl = 0
-            for part in order.chunk(args.num_minibatches):
-                minibatch = {name: column.index_select(0, part) for name, column in batch.items()}
-                loss, logged = loss_function(agent, minibatch, args)
-                parameters.grad.zero_()
-                loss.backward()
-                grad_norm = parameters.grad.norm()  # as clip_grad_norm_ does, but faster
-                parameters.grad *= (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+                advantages = compute_gae(
+                    r, values, no_future, ended, args.gamma, args.gae_lambda
+                )
+                batch["old_values"] = values[:-1][valid]
+                batch["advantages"] = advantages[valid]
+                batch["returns"] = (advantages + values[:-1])[valid]
+            # T * N row numbers; some come twice, in place of the dropped rows, since
+            # torch.compile wants minibatches of one size.
+            order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
+            for rows in order.chunk(args.num_minibatches):
+                minibatch = {name: column[rows] for name, column in batch.items()}
+                optimizer.zero_grad()
+                logged = backward(agent, minibatch, args)
                 optimizer.step()
-                logged["grad_norm"] = grad_norm
-                logs.append(torch.stack(list(logged.values())))
-                epoch_kl += logged["approx_kl"]
-            if args.target_kl is not None and epoch_kl / args.num_minibatches > args.target_kl:
+                logs.append({name: value.item() for name, value in logged.items()})
+            epoch_kl = np.mean([log["approx_kl"] for log in logs[-args.num_minibatches :]])
+            if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
-        if args.norm_obs:  # not earlier: update and values must see what the policy saw
-            agent.obs_stats.update(to_tensor(obs[:-1])[~resets])
+        if args.norm_obs:  # only now, so that policy and update have seen the same x
+            agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
-        if not all(value.isfinite().all() for value in agent.state_dict().values()):
-            raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
-        means = torch.stack(logs).mean(0).tolist()  # over all minibatches
-        now = time.perf_counter()
-        metrics = {
-            "iteration": iteration,
-            "global_step": iteration * batch_size,
-            **dict(zip(logged, means)),
-            "explained_variance": explained.item() if explained.isfinite() else None,
+        check_finite(agent, iteration)
+        metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
+        metrics |= {
+            "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "sps": round(batch_size / (now - iteration_began)),
-            "seconds": round(now - began, 3),
         }
-        logger.log(metrics, rewards, done)
-    save_checkpoint(run_dir, agent, optimizer, iterations, time.perf_counter() - began)
-    return run_dir
+        # Adds returns and times:
+        metrics = run.log(iteration, metrics, rewards, done, reset)
+        if iteration % run.save_every == 0 or iteration == iterations:
+            run.save(iteration, agent, optimizer)
+        if after_iteration is not None:
+            after_iteration(agent, metrics)
 
 
 # ---------- Evaluation ----------
-@torch.inference_mode()
+@torch.random.fork_rng()  # a training that goes on keeps its own random numbers
+@torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
     envs, obs = start_envs(args, 0)
-    scores = np.zeros((args.num_envs, args.eval_episodes + 1))  # last column: surplus episodes
-    episode = np.zeros(args.num_envs, int)  # each environment's column in scores
-    while episode.min() < args.eval_episodes:
-        x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32))
-        actions = agent.act(x, args.greedy).numpy()
-        obs, reward, terminated, truncated, _ = envs.step(agent.env_action(actions))
-        scores[np.arange(args.num_envs), episode] += reward  # 0 in a step that only resets
-        episode = np.minimum(episode + (terminated | truncated), args.eval_episodes)
+    device = next(agent.parameters()).device
+    scores = [[] for _ in range(args.num_envs)]
+    running = np.zeros(args.num_envs)  # scores of the running episodes
+
+    total, quiet = args.num_envs * args.eval_episodes, args.evaluate is None
+    with progress_bar("episodes", total, disable=quiet) as bar:
+        while min(map(len, scores)) < args.eval_episodes:
+            x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32, device=device))
+            actions = agent.act(x, args.greedy).cpu().numpy()
+            obs, reward, terminated, truncated, _ = envs.step(agent.env_action(actions))
+            running += reward  # 0 in a step that only resets
+            for n in np.flatnonzero(terminated | truncated):
+                if len(scores[n]) < args.eval_episodes:
+                    scores[n].append(running[n])
+                running[n] = 0
+            bar.update(sum(map(len, scores)) - bar.n)
     envs.close()
-    return scores[:, :-1]
+    return np.array(scores)
+
+
+# ---------- Environments ----------
+class UsageError(ValueError):
+    """Bad input; main prints it."""
+
+
+def make_envs(args):
+    """A VectorEnv of args.num_envs environments with flat observations (N, D)."""
+    options, errors = {}, (gym.error.Error, ImportError)
+    if args.capture_video:
+        options["render_mode"] = "rgb_array"
+        errors += (TypeError,)  # of environments that take no render_mode
+    try:
+        envs = gym.make_vec(args.env_id, args.num_envs, args.vectorization_mode, **options)
+    except errors as error:
+        raise UsageError(f"--env-id {args.env_id}: {error}") from error
+
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    is_box = isinstance(action_space, gym.spaces.Box) and action_space.dtype.kind == "f"
+    if not is_box or math.prod(action_space.shape) == 0:
+        raise UsageError(f"{args.env_id}: needs Box actions of floats; Discrete: ppo.py")
+    if not obs_space.is_np_flattenable:
+        raise UsageError(f"{args.env_id}: {obs_space} has no fixed number of values")
+    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
+        raise UsageError(f"{args.env_id}: must reset in the step after an end (NEXT_STEP)")
+
+    if args.capture_video:
+        if "rgb_array" not in envs.metadata.get("render_modes", []):
+            raise UsageError(f"--capture-video: {args.env_id} has no render mode rgb_array")
+        folder = f"{args.evaluate}/videos/{time.time_ns()}"
+        is_filmed = lambda episode: episode < args.eval_episodes
+        envs = gym.wrappers.vector.RecordVideo(
+            envs, folder, record_first_only=True, episode_trigger=is_filmed
+        )
+    is_flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    return envs if is_flat else gym.wrappers.vector.FlattenObservation(envs)
+
+
+def start_envs(args, iteration):
+    """New environments and their first observations (N, D). All that is random from here on
+    follows from seed and iteration, so a resumed run does not repeat its beginning."""
+    seed = int(np.random.default_rng([args.seed, iteration]).integers(2**30))
+    torch.manual_seed(seed)
+    envs = make_envs(args)
+    obs, _ = envs.reset(seed=seed)  # environment n gets seed + n
+    return envs, obs
 
 
 # ---------- Runs ----------
-def open_run(args, agent, optimizer):
-    """A new run directory or that of args.resume, and the iterations and seconds done."""
-    if args.resume is not None:
-        run_dir = Path(args.resume)
-        _, checkpoint = load_run(run_dir)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for name, size in checkpoint["sizes"].items():  # drop rows that are redone
-            os.truncate(run_dir / name, size)
-        return run_dir, checkpoint["iteration"], checkpoint["seconds"]
+class Run:
+    """A run directory: flags, logs, checkpoints; the progress bar; Weights & Biases."""
+
+    def __init__(self, args):
+        """Reads the checkpoint of --resume, if given. Writes nothing."""
+        self.args = args
+        self.steps = args.num_steps * args.num_envs  # of an iteration
+        self.iterations = args.total_timesteps // self.steps
+        self.save_every = args.save_every or math.ceil(self.iterations / 20)
+        self.directory, self.checkpoint, self.iteration, seconds = None, None, 0, 0.0
+        if args.resume is not None:
+            self.directory = Path(args.resume)
+            _, self.checkpoint = load_run(self.directory)
+            self.iteration = self.checkpoint["iteration"]
+            seconds = self.checkpoint["seconds"]
+            for name, size in self.checkpoint["log_sizes"].items():
+                path = self.directory / name
+                if not path.exists() or path.stat().st_size < size:
+                    raise UsageError(f"{path}: rows are missing")
+
+        self.iteration_began = time.perf_counter()
+        self.began = self.iteration_began - seconds
+        self.score, self.length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+        self.opened = ExitStack()  # what close has to close
+
+    def open(self, agent, optimizer):
+        """Loads the checkpoint, or makes the directory and saves a first one."""
+        try:
+            if self.checkpoint is not None:
+                agent.load_state_dict(self.checkpoint["agent"])
+                optimizer.load_state_dict(self.checkpoint["optimizer"])
+                for name, size in self.checkpoint["log_sizes"].items():
+                    os.truncate(self.directory / name, size)  # later rows are made again
+            else:
+                self.directory = make_directory(self.args)
+            self.metrics_file = self.opened.enter_context(
+                open(self.directory / "metrics.csv", "a", newline="")
+            )
+            self.episodes_file = self.opened.enter_context(
+                open(self.directory / "episodes.csv", "a", newline="")
+            )
+            self.save(self.iteration, agent, optimizer)
+        except OSError as error:
+            raise UsageError(f"cannot write the run: {error}") from error
+
+        command = f"python {SCRIPT} --resume {shlex.quote(str(self.directory))}"
+        print(f"Training in {self.directory}. To continue: {command}", flush=True)
+        total, done = self.iterations * self.steps, self.iteration * self.steps
+        self.bar = self.opened.enter_context(progress_bar("steps", total, done))
+        self.wandb = None
+        if self.args.track:
+            import wandb  # only here, since it is slow to import
+
+            can_log = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+            name = self.directory.resolve().name
+            run = {"id": name, "name": name, "resume": "allow"}  # same id: same run
+            run |= {"dir": self.directory, "config": vars(self.args)}
+            self.wandb = wandb.init(**run, mode=None if can_log else "offline")
+            self.opened.callback(self.wandb.finish)
+
+    def log(self, iteration, metrics, rewards, done, reset):
+        """Writes metrics, and the episodes that ended; rewards, done, reset (T, N)."""
+        global_step = iteration * self.steps
+        episodes = []
+        for t in range(len(rewards)):
+            self.score += rewards[t]
+            self.length += ~reset[t]  # a step that only resets belongs to no episode
+            for n in np.flatnonzero(done[t]):
+                step = global_step - self.steps + (t + 1) * len(done[t])
+                episodes.append((step, self.score[n], self.length[n]))
+                self.score[n] = self.length[n] = 0
+
+        now = time.perf_counter()
+        _, returns, lengths = zip(*episodes) if episodes else ([], [], [])
+        metrics = {"iteration": iteration, "global_step": global_step} | metrics
+        metrics |= {
+            "sps": round(self.steps / (now - self.iteration_began)),
+            "seconds": round(now - self.began, 3),
+            "episodes": len(episodes),
+            "episodic_return": np.mean(returns) if episodes else None,
+            "episodic_length": np.mean(lengths) if episodes else None,
+        }
+        self.iteration_began = now
+
+        append_rows(self.metrics_file, metrics, [metrics.values()])
+        columns = ("global_step", "episodic_return", "episodic_length")
+        append_rows(self.episodes_file, columns, episodes)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=global_step)
+        if episodes:
+            self.bar.set_postfix_str(f"return {np.mean(returns):.4g}", refresh=False)
+        self.bar.update(self.steps)
+        return metrics
+
+    def save(self, iteration, agent, optimizer):
+        """Replaces checkpoint.pt in one move, so that it is always complete."""
+        checkpoint = {
+            "iteration": iteration,
+            "seconds": time.perf_counter() - self.began,
+            "log_sizes": {
+                "metrics.csv": self.metrics_file.tell(),
+                "episodes.csv": self.episodes_file.tell(),
+            },
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        torch.save(checkpoint, self.directory / "checkpoint.tmp")
+        os.replace(self.directory / "checkpoint.tmp", self.directory / "checkpoint.pt")
+
+    def close(self):
+        self.opened.close()
+
+
+def make_directory(args):
+    """A new directory in args.runs_dir with the flags of the run."""
     name = f"{args.env_id}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    run_dir = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"--runs-dir {args.runs_dir}: {error}") from error
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    return run_dir, 0, 0.0
+    directory = Path(args.runs_dir, name.replace("/", "-").replace(":", "-"))
+    directory.mkdir(parents=True)
+    (directory / "args.json").write_text(json.dumps(vars(args), indent=2))
+    return directory
 
 
-def save_checkpoint(run_dir, agent, optimizer, iteration, seconds):
-    """Replaces checkpoint.pt in one step, so that it is always complete."""
-    sizes = {name: (run_dir / name).stat().st_size for name in LOGS}
-    checkpoint = {"iteration": iteration, "seconds": seconds, "sizes": sizes}
-    checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(checkpoint, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+def append_rows(file, columns, rows):
+    """Appends rows to an open csv file, and first the columns' names if it is empty."""
+    writer = csv.writer(file)
+    if file.tell() == 0 and rows:
+        writer.writerow(columns)
+    writer.writerows(rows)
+    file.flush()
+
+
+def progress_bar(unit, total, done=0, disable=False):
+    """A bar of tqdm; where there is no terminal, a line every five seconds."""
+    line = "{n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left\n"
+    options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
+    return tqdm(
+        total=total, initial=done, unit=f" {unit}", miniters=0, disable=disable, **options
+    )
 
 
 def load_run(run_dir):
-    """The Args and the checkpoint of a run, or UsageError."""
+    """The Args and the checkpoint of a run."""
     try:
         args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
         return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
-        raise UsageError(f"{run_dir} is not a run directory of {SCRIPT}: {error!r:.200}") from error
+        message = f"'{run_dir}' is not a run directory of {SCRIPT}: {error!r:.200}"
+        raise UsageError(message) from error
 
 
 def load_agent(run_dir):
-    """The trained agent of a run, on the CPU. With obs a tensor, the environment gets
+    """The trained agent of a run, on the CPU. For a tensor obs (N, D), the environments get
     agent.env_action(agent.act(agent.normalize(obs)).numpy())."""
     args, checkpoint = load_run(run_dir)
-    envs = make_envs(args)
-    spaces = envs.single_observation_space, envs.single_action_space
-    agent = Agent(*spaces, args.norm_obs, args.initial_log_std, args.rescale_actions)
+    envs = make_envs(args)  # for their spaces
+    agent = Agent(envs, args)
     envs.close()
     agent.load_state_dict(checkpoint["agent"])
     return agent.requires_grad_(False)
 
 
-class Logger:
-    """Appends to metrics.csv and episodes.csv, shows progress, logs to Weights & Biases."""
-
-    def __init__(self, args, run_dir, step, total_steps):
-        print(f"Training in {run_dir}. To continue: python {SCRIPT} --resume {run_dir}", flush=True)
-        self.files = [open(run_dir / name, "a", newline="") for name in LOGS]
-        line = "{n_fmt} of {total_fmt} steps{postfix}, {rate_fmt}, {remaining} left\n"
-        options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
-        self.bar = tqdm(initial=step, total=total_steps, unit=" steps", **options)
-        self.wandb = None
-        if args.track:
-            import wandb  # slow to import
-
-            fallback = "online" if wandb.login(prompt=False) else "offline"  # not logged in
-            mode = os.environ.get("WANDB_MODE", fallback)
-            run = {"id": run_dir.name, "name": run_dir.name, "dir": run_dir, "config": vars(args)}
-            self.wandb = wandb.init(**run, mode=mode, resume="allow")  # same id: same run
-
-    def log(self, metrics, rewards, done):
-        """Writes metrics and the episodes of a rollout: rewards (T, N), done (T+1, N)."""
-        T, N = rewards.shape
-        episodes = []
-        for t in range(T):
-            self.score += rewards[t]  # train zeroes it
-            self.length += ~done[t]  # a step that only resets does not count
-            for n in np.flatnonzero(done[t + 1]):
-                step = metrics["global_step"] - (T - t - 1) * N
-                episode = {"global_step": step, "episodic_return": self.score[n]}
-                episodes.append(episode | {"episodic_length": self.length[n]})
-                self.score[n] = self.length[n] = 0
-        metrics["episodes"] = len(episodes)
-        for name in ("episodic_return", "episodic_length"):
-            metrics[name] = np.mean([episode[name] for episode in episodes]) if episodes else None
-        for file, rows in zip(self.files, ([metrics], episodes)):
-            writer = csv.DictWriter(file, rows[0] if rows else [])
-            if rows and file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["global_step"])
-        if episodes:
-            self.bar.set_postfix_str(f"return {metrics['episodic_return']:.1f}", refresh=False)
-        self.bar.update(metrics["global_step"] - self.bar.n)
-
-
 # ---------- Command line ----------
+def check(args):
+    """Raises UsageError if a flag makes no sense."""
+    ranges = {"num_steps": (2, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
+    ranges |= dict.fromkeys(positive.split(), (1, math.inf))
+    ranges["initial_log_std"] = (-10, 10)
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (0, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
+
+    if args.evaluate is not None:
+        if args.resume is not None:
+            raise UsageError("--resume and --evaluate exclude each other")
+        return
+    rows, parts = args.num_envs * args.num_steps, args.num_minibatches
+    if args.total_timesteps < rows:
+        raise UsageError(f"--total-timesteps {args.total_timesteps}: must be >= {rows}")
+    if rows % parts > 0 or rows < 2 * parts:  # (norm) needs two rows
+        raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
+    if args.greedy or args.capture_video:
+        raise UsageError("--greedy and --capture-video need --evaluate")
+
+
+def choose_device(args):
+    """The device of --device; auto: a GPU if there is one."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU")
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def compiled(function):
+    """torch.compile of loss and backward as one graph; on a GPU with CUDA graphs."""
+    torch._dynamo.config.trace_autograd_ops = True  # else it splits at loss.backward()
+    return torch.compile(function, mode="reduce-overhead")
+
+
+def check_finite(agent, iteration):
+    """Stops a training that has gone wrong, before anything is saved."""
+    if not all(value.isfinite().all() for value in agent.state_dict().values()):
+        raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
+
+
+def parse():
+    """The flags; with --resume and --evaluate, those that the run was started with."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume is None and args.evaluate is None:
+        return args
+    saved, _ = load_run(args.evaluate if args.resume is None else args.resume)
+    args = tyro.cli(Args, default=saved)  # parse again: what is not given is as saved
+
+    may_differ = ["resume", "evaluate", "device", "threads", "track"]
+    if args.evaluate is not None:
+        may_differ += ["num_envs", "seed", "eval_episodes", "greedy", "capture_video"]
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in may_differ:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: must stay {value}")
+    return args
+
+
 def main():
     try:
-        args = tyro.cli(Args, description=__doc__)
-        if args.resume is not None or args.evaluate is not None:
-            saved, _ = load_run(args.resume or args.evaluate)
-            args = tyro.cli(Args, default=saved)  # again, with the run's flags as defaults
-            may_differ = {"resume", "evaluate", "device", "threads", "track"}
-            if args.evaluate is not None:
-                may_differ |= {"num_envs", "seed", "eval_episodes", "greedy", "capture_video"}
-            for name, value in vars(saved).items():
-                if getattr(args, name) != value and name not in may_differ:
-                    flag = "--" + name.replace("_", "-")
-                    raise UsageError(f"{flag} {getattr(args, name)}: must stay {value}")
+        args = parse()
         if args.evaluate is None:
             train(args)
             return
+        check(args)
         scores = evaluate(load_agent(args.evaluate), args)
-        print(f"mean return {scores.mean():.2f}, standard deviation {scores.std():.2f}:")
-        print(*scores.flatten().round(2))
+        print(f"mean return {scores.mean():.6g}, standard deviation {scores.std():.6g}:")
+        print(*(f"{score:.6g}" for score in scores.flatten()))
     except UsageError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the exit status of Ctrl-C, without a traceback
 
 
 if __name__ == "__main__":
