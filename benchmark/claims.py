@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from estimates import drawn_effects, paired_effects
-from results import RESULTS, load, load_curves, select
+from results import RESULTS, load_curves, select
 from studies import CHEETAH, runs
 
 
@@ -48,7 +48,7 @@ def random_returns():
 
 def values(task, arm, seeds, column):
     """{seed: value} of the runs that there are."""
-    found = select(load("claims", "claims-2"), task, arm, seeds)
+    found = select(task, arm, "claims", "claims-2", seeds=seeds)
     return dict(zip(found.seed, found[column]))
 
 

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from estimates import iqm
-from results import RESULTS, load, select
+from results import RESULTS, select
 from studies import CHEETAH, CONTINUOUS, LUNAR
 from tables import PROTOCOLS, best_published, curve, final_runs
 
@@ -67,7 +67,7 @@ def learning(tasks):
             look = {"color": "C1", "linestyle": ":", "label": "best published: evaluation"}
             axis.axhline(np.nanmax(others), **look)
         for color, (arm, name) in zip(("C2", "C3"), peers.items()):
-            runs = select(load("sb3"), task, arm)
+            runs = select(task, arm, "sb3")
             if len(tasks) > 6 and len(runs):
                 share, curves = curves_of(runs)
                 axis.plot(share, iqm(curves, axis=0), color=color, label=name)
@@ -90,7 +90,7 @@ def diagnostics():
     figure, axes = panels(6, (2.84, 2.5), 3)
     for axis, name in zip(axes, names):
         for color, arm in (("C0", "healthy"), ("C1", "learning-rate-x10")):
-            share, curves = curves_of(select(load("diagnostics"), LUNAR, arm), name)
+            share, curves = curves_of(select(LUNAR, arm, "diagnostics"), name)
             axis.plot(share, curves.T, color=color, linewidth=0.9, alpha=0.6)
             axis.plot(share, np.nanmean(curves, 0), color=color, linewidth=2.5, label=arm)
         axis.set(title=name, xlabel="million steps", ylim=limits.get(name))
@@ -148,7 +148,7 @@ def settings(arms, column, name, width=3.6, tasks=(CHEETAH, LUNAR)):
     """Grey: each seed; blue: the mean. Arms, {setting: arm}, stand at equal distances."""
     figure, axes = panels(len(tasks), (width, 2.8))
     for axis, task in zip(axes, tasks):
-        found = [select(load("claims"), task, arm)[column] for arm in arms.values()]
+        found = [select(task, arm, "claims")[column] for arm in arms.values()]
         for place, scores in enumerate(found):
             axis.plot([place] * len(scores), scores, "o", color=GREY, markersize=3)
         line = "o-" if name else "o"  # settings of a number are connected

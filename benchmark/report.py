@@ -14,6 +14,7 @@ import hashlib
 import re
 import shlex
 import sys
+from functools import cache
 
 import figures
 import findings
@@ -52,6 +53,7 @@ def fill(found):
     return f"{found[1]}{content}<!-- end -->"
 
 
+@cache
 def lines_of(name, script):
     """First and last line of a definition, or of a part of train."""
     source = (ROOT / script).read_text()

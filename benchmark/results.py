@@ -39,9 +39,21 @@ def read(name, columns):
 
 @cache
 def load(*studies):
-    """One table of all runs of these studies, by seed."""
+    """One table of all runs of these studies."""
     table = pd.concat([read(f"{study}.csv", COLUMNS) for study in studies])
-    return table.fillna({"variation": "", "note": ""}).sort_values("seed", kind="stable")
+    return table.fillna({"variation": "", "note": ""})
+
+
+@cache
+def by_arm(*studies):
+    groups = load(*studies).sort_values("seed", kind="stable").groupby(["task", "arm"])
+    return dict(iter(groups))
+
+
+def select(task, arm, *studies, seeds=None):
+    """The runs of an arm on a task, by seed."""
+    found = by_arm(*studies).get((task, arm), load(*studies).iloc[:0])
+    return found if seeds is None else found[found.seed.isin(seeds)]
 
 
 @cache
@@ -50,12 +62,6 @@ def load_curves(*studies):
     table = pd.concat([read(f"{study}.curves.csv", CURVE_COLUMNS) for study in studies])
     rows = table.itertuples(index=False)
     return {tuple(key): np.fromstring(points, sep=" ") for *key, points in rows}
-
-
-def select(table, task, arm, seeds=None):
-    """The runs of an arm on a task."""
-    chosen = table[(table.task == task) & (table.arm == arm)]
-    return chosen if seeds is None else chosen[chosen.seed.isin(seeds)]
 
 
 def append(name, columns, rows):

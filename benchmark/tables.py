@@ -1,6 +1,8 @@
 """Tables of the results, as report.py fills them in: each function returns a DataFrame."""
 
 import re
+from functools import cache
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -52,24 +54,23 @@ def middle(scores):
 def final_runs(task, arm="default"):
     """The runs that count for a task with default or tuned flags: those of the study "results",
     where it has any, else older ones."""
-    found, chosen = select(load("results"), task, arm), TUNED.get(task, [None])[-1]
+    found, chosen = select(task, arm, "results"), TUNED.get(task, [None])[-1]
     if found.empty and arm == "default":
-        found = select(load("ppo", "continuous", "atari"), task, arm)
+        found = select(task, arm, "ppo", "continuous", "atari")
     if found.empty and chosen and (chosen == "default") == (arm == "default"):
-        found = select(load("tuned"), task, chosen, range(6, 11))
+        found = select(task, chosen, "tuned", seeds=range(6, 11))
     short = (
         found.variation == "short_episodes"
     ).any()  # whose training returns are of parts
     return found.assign(score=np.nan) if short else found
 
 
-def all_final_runs(arms=("default", "tuned")):
+def all_final_runs():
     """(name, runs) of all rows; a star where the former scripts made some of the runs."""
-    for task in TASKS:
-        for arm in arms:
-            if len(found := final_runs(task, arm)):
-                star = " \\*" if (found.note == "former script").any() else ""
-                yield task + star + (", tuned" if arm == "tuned" else ""), found
+    for task, arm in product(TASKS, ("default", "tuned")):
+        if len(found := final_runs(task, arm)):
+            star = " \\*" if (found.note == "former script").any() else ""
+            yield task + star + (", tuned" if arm == "tuned" else ""), found
 
 
 def curve(run, name):
@@ -106,16 +107,17 @@ def results(*tasks):
 
 def best_published(task, steps, protocol):
     """The row with the highest mean of this protocol, at up to the same number of steps."""
-    table = pd.read_csv(RESULTS / "published.csv")
+    table = load("published")
     table = table[(table.task == task) & (table.protocol == protocol)]
     table = table[table.steps <= 1.01 * steps]
     return None if table.empty else table.loc[table["mean"].idxmax()]
 
 
-def compared(arms=("default", "tuned")):
+@cache
+def compared():
     """Ours beside the best published score of each protocol: like with like."""
     rows = []
-    for name, found in all_final_runs(arms):
+    for name, found in all_final_runs():
         for protocol in PROTOCOLS:
             best = best_published(found.task.iloc[0], found.steps.max(), protocol)
             ours = scores(found, protocol)
@@ -139,7 +141,8 @@ def compared(arms=("default", "tuned")):
 
 def counts(arm):
     """On which tasks ours is ahead, level or behind, by protocol."""
-    table = compared((arm,))
+    table = compared()
+    table = table[table.task.str.contains(", tuned") == (arm == "tuned")]
     words = table["ours is"].str.split(",").str[0]
     text = lambda tasks: (
         f"{len(tasks)}: " + ", ".join(re.sub(r" \\\*|, tuned", "", task) for task in tasks)
