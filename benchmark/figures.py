@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from estimates import iqm
 from results import RESULTS, select
-from studies import CHEETAH, CONTINUOUS, LUNAR
+from studies import CHEETAH, LUNAR, MUJOCO
 from tables import PROTOCOLS, best_published, curve, final_runs
 
 matplotlib.use("Agg")
@@ -212,7 +212,7 @@ CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR]
 FIGURES = {
     "headline": partial(learning, HEADLINE),
     "curves-ppo": partial(learning, CLASSIC),
-    "curves-continuous": partial(learning, [*CONTINUOUS, "Ant-v4"]),
+    "curves-continuous": partial(learning, [*MUJOCO, "Ant-v4"]),
     "curves-atari": partial(learning, ["Pong", "Breakout", "BeamRider"]),
     "diagnostics": diagnostics,
     "rlhf": rlhf,

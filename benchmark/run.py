@@ -5,6 +5,7 @@
     python benchmark/run.py results --only 'Hopper*'       # runs whose names match
     python benchmark/run.py results --resume               # also continue what was interrupted
     python benchmark/run.py results --dry-run              # a command a line, for a job array
+    python benchmark/run.py random                         # random policies, for the claims
 
 A run trains in --work, with the patch of its variation applied to a copy of the script. Then its
 curves are appended to results/STUDY.curves.csv, its row to results/STUDY.csv, and its directory
@@ -21,11 +22,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import results
 from results import ROOT
-from studies import STUDIES, runs
+from studies import CLAIMS_TASKS, STUDIES, runs
 
 HERE = Path(__file__).parent
 TOOLS = (
@@ -82,15 +84,17 @@ def train(run, work, threads, resume):
 
 
 def flags_of(args):
-    """All flags of a run, as on the command line."""
+    """The flags of a run, as on the command line."""
     words = []
     for name, value in args.items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if name in TOOLS.split():
+            continue
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words.append(f"--{flag} {value}")
-    return " ".join(word for word, name in zip(words, args) if name not in TOOLS.split())
+    return " ".join(words)
 
 
 def parts_of(values):
@@ -125,17 +129,41 @@ def rows_of(run, run_dir):
     return row, [[*run[1:4], name, text(points)] for name, points in curves.items()]
 
 
-def execute(run, work, threads, resume):
-    row, curves = rows_of(run, train(run, work, threads, resume))
-    results.append(f"{run.study}.curves.csv", results.CURVE_COLUMNS, curves)
-    results.append(f"{run.study}.csv", results.COLUMNS, [row])
-    shutil.rmtree(work / run.study / name_of(run))
+def execute(run, args):
+    """Trains, appends, cleans up; one that fails does not stop the others."""
+    try:
+        run_dir = train(run, args.work.resolve(), args.threads, args.resume)
+        row, curves = rows_of(run, run_dir)
+        results.append(f"{run.study}.curves.csv", results.CURVE_COLUMNS, curves)
+        results.append(f"{run.study}.csv", results.COLUMNS, [row])
+        shutil.rmtree(args.work / run.study / name_of(run))
+        return "done"
+    except subprocess.CalledProcessError as problem:
+        return "FAILED: " + "\n".join(problem.stderr.strip().splitlines()[-5:])
+    except Exception as problem:
+        return f"FAILED: {problem!r}"
+
+
+def play_randomly(task, episodes=100):
+    env = gym.make(task)
+    env.action_space.seed(1)
+    returns = np.zeros(episodes)
+    for episode in range(episodes):
+        env.reset(seed=episode)
+        done = False
+        while not done:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            returns[episode] += reward
+            done = terminated or truncated
+    results.append(
+        "random.csv", ["task", "episodes", "mean"], [[task, episodes, returns.mean()]]
+    )
 
 
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=[*STUDIES, "random"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
@@ -149,6 +177,10 @@ def main():
     work = ROOT / "runs" / "benchmark"
     parser.add_argument("--work", type=Path, default=work, help="unfinished runs")
     args = parser.parse_args()
+    if args.study == "random":
+        for task in set(CLAIMS_TASKS) - set(results.read("random.csv", ["task"]).task):
+            play_randomly(task)
+        return
     todo = [run for run in missing(args.study) if not args.seeds or run.seed in args.seeds]
     todo = [run for run in todo if any(fnmatch.fnmatch(name_of(run), x) for x in args.only)]
     if args.dry_run:
@@ -159,23 +191,11 @@ def main():
         "OMP_NUM_THREADS": str(args.threads),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
-
-    def attempt(run):  # one that fails does not stop the others
-        try:
-            execute(run, args.work.resolve(), args.threads, args.resume)
-            return "done"
-        except subprocess.CalledProcessError as problem:
-            return "FAILED: " + "\n".join(problem.stderr.strip().splitlines()[-5:])
-        except Exception as problem:
-            return f"FAILED: {problem!r}"
-
-    failed = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {pool.submit(attempt, run): name_of(run) for run in todo}
+        jobs = {pool.submit(execute, run, args): name_of(run) for run in todo}
         for count, job in enumerate(as_completed(jobs), 1):
             print(f"[{count} of {len(todo)}] {jobs[job]}: {job.result()}", flush=True)
-            failed += [jobs[job]] * (job.result() != "done")
-    if failed:
+    if failed := [name for job, name in jobs.items() if job.result() != "done"]:
         sys.exit(f"failed: {', '.join(failed)}")
 
 

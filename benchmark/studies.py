@@ -1,8 +1,7 @@
-"""What to run: each study is blocks of tasks × arms × seeds.
+"""What to run: each study is blocks of tasks × arms × seeds. run.py runs what is missing.
 
-`python benchmark/run.py STUDY` runs what is missing. The rules that judge a study are committed
-before its first run: in README.md beside this file for "defaults" and "tuned", in claims.md for
-"claims" and "claims-2".
+The rules that judge a study are committed before its first run: in README.md beside this file
+for "defaults" and "tuned", in claims.md for "claims" and "claims-2".
 """
 
 import csv
@@ -59,7 +58,7 @@ def pick(names, table):
 
 
 # ---------- Tasks ----------
-LONG = "--total-timesteps 1000000"
+CONTINUOUS, LONG = "ppo_continuous.py", "--total-timesteps 1000000"
 CLASSIC = f"ppo.py {LONG} --num-envs 16 --num-steps 256 --num-minibatches 32 "
 CLASSIC += "--update-epochs 10 --norm-obs --norm-reward"
 CHEETAH, LUNAR, SWIMMER = "HalfCheetah-v5", "LunarLander-v3", "Swimmer-v5"
@@ -68,30 +67,19 @@ DISCRETE = {
     "MountainCar-v0": f"{CLASSIC} --gae-lambda 0.98 --ent-coef 0",
     LUNAR: f"{CLASSIC} --gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003",
 }
-MUJOCO = f"{CHEETAH} Hopper-v5 Walker2d-v5 Ant-v5 {SWIMMER} Humanoid-v5 Reacher-v5 "
-MUJOCO += "InvertedPendulum-v5 InvertedDoublePendulum-v5"
-CONTINUOUS = dict.fromkeys(MUJOCO.split(), "ppo_continuous.py --compile")
-WALKER = {"BipedalWalker-v3": "ppo_continuous.py --total-timesteps 2000000"}
+NAMES = f"{CHEETAH} Hopper-v5 Walker2d-v5 Ant-v5 {SWIMMER} Humanoid-v5 Reacher-v5 "
+NAMES += "InvertedPendulum-v5 InvertedDoublePendulum-v5"
+MUJOCO = dict.fromkeys(NAMES.split(), f"{CONTINUOUS} --compile")
+WALKER = {"BipedalWalker-v3": f"{CONTINUOUS} --total-timesteps 2000000"}
 ATARI = dict.fromkeys(["Pong", "Breakout", "BeamRider"], "ppo_atari.py")
-DEFAULT = {"default": Arm()}
-DIAGNOSTICS = ("approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm")
-
-# ---------- Defaults of ppo_continuous.py ----------
-CANDIDATES = {
-    "default": Arm(),
-    "random-start-ages": Arm("", "random_start_ages"),
-    "no-recompute": Arm("--no-recompute-advantages"),
-    "both": Arm("--no-recompute-advantages", "random_start_ages"),
-}
-CHOICE = pick(f"{CHEETAH} Walker2d-v5 {SWIMMER} Ant-v5", CONTINUOUS)
 
 # ---------- Tuned flags ----------
 # rl-zoo3: its hyperparams/ppo.yml, as far as there are such flags. Its value loss has no 1/2, so
 # its coefficient of 0.696 is 1.392 here; a minibatch of 512 is more than 128 rows: one.
-SWIMMER_FLAGS = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
-SWIMMER_FLAGS += "--num-envs 4 --num-steps 1024 --num-minibatches 16"
 PENDULUM_FLAGS = "--gamma 0.9 --learning-rate 1e-3 --num-envs 4 --num-steps 1024 "
 PENDULUM_FLAGS += "--num-minibatches 64"
+SWIMMER_FLAGS = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
+SWIMMER_FLAGS += "--num-envs 4 --num-steps 1024 --num-minibatches 16"
 DOUBLE_FLAGS = (
     "--num-envs 1 --num-steps 128 --num-minibatches 1 --gamma 0.98 --gae-lambda 0.8 "
 )
@@ -99,57 +87,43 @@ DOUBLE_FLAGS += "--learning-rate 1.55454e-4 --no-anneal-lr --clip-coef 0.4 --vf-
 DOUBLE_FLAGS += "--target-kl None --no-recompute-advantages"
 ACROBOT_FLAGS = "--num-envs 16 --num-steps 256 --num-minibatches 64 --gae-lambda 0.94 "
 ACROBOT_FLAGS += "--ent-coef 0 --norm-obs --norm-reward"
-TUNED = {  # task: script and flags, candidates beside the defaults, the chosen one
-    SWIMMER: (
-        "ppo_continuous.py",
-        {"gamma-0.9999": Arm("--gamma 0.9999"), "rl-zoo3": Arm(SWIMMER_FLAGS)},
-        "rl-zoo3",
-    ),
-    "InvertedDoublePendulum-v5": (
-        "ppo_continuous.py",
-        {
-            "rl-zoo3": Arm(DOUBLE_FLAGS),
-            "slow": Arm("--learning-rate 1e-4"),
-            "short-episodes": Arm("", "short_episodes"),
-        },
-        "short-episodes",
-    ),
-    "Pendulum-v1": (
-        "ppo_continuous.py --total-timesteps 300000",
-        {"rl-zoo3": Arm(PENDULUM_FLAGS)},
-        "rl-zoo3",
-    ),
-    "BipedalWalker-v3": (
-        WALKER["BipedalWalker-v3"],
-        {"rl-zoo3": Arm("--gamma 0.999 --clip-coef 0.18")},
-        "default",
-    ),
-    "Acrobot-v1": (
-        f"ppo.py {LONG}",
-        {
-            "rl-zoo3": Arm(ACROBOT_FLAGS),
-            "rl-zoo3-10-epochs": Arm(f"{ACROBOT_FLAGS} --update-epochs 10"),
-        },
-        None,  # until its candidates have run
-    ),
+TUNED_TASKS = {
+    SWIMMER: CONTINUOUS,
+    "InvertedDoublePendulum-v5": CONTINUOUS,
+    "Pendulum-v1": f"{CONTINUOUS} --total-timesteps 300000",
+    **WALKER,
+    "Acrobot-v1": f"ppo.py {LONG}",
 }
-TUNED_BLOCKS, TUNED_RESULTS = [], []
-for task, (command, candidates, chosen) in TUNED.items():
-    TUNED_BLOCKS.append(Block({task: command}, DEFAULT | candidates, range(1, 6)))
-    if chosen:
-        arm = (DEFAULT | candidates)[chosen]
-        TUNED_BLOCKS.append(Block({task: command}, {chosen: arm}, range(6, 11)))
-        if chosen != "default":
-            TUNED_RESULTS.append(Block({task: command}, {"tuned": arm}, range(21, 31)))
+CANDIDATES = [  # beside the default flags: task, name, Arm
+    (SWIMMER, "gamma-0.9999", Arm("--gamma 0.9999")),
+    (SWIMMER, "rl-zoo3", Arm(SWIMMER_FLAGS)),
+    ("InvertedDoublePendulum-v5", "rl-zoo3", Arm(DOUBLE_FLAGS)),
+    ("InvertedDoublePendulum-v5", "slow", Arm("--learning-rate 1e-4")),
+    ("InvertedDoublePendulum-v5", "short-episodes", Arm("", "short_episodes")),
+    ("Pendulum-v1", "rl-zoo3", Arm(PENDULUM_FLAGS)),
+    ("BipedalWalker-v3", "rl-zoo3", Arm("--gamma 0.999 --clip-coef 0.18")),
+    ("Acrobot-v1", "rl-zoo3", Arm(ACROBOT_FLAGS)),
+    ("Acrobot-v1", "rl-zoo3-10-epochs", Arm(f"{ACROBOT_FLAGS} --update-epochs 10")),
+]
+CHOSEN = {SWIMMER: "rl-zoo3", "InvertedDoublePendulum-v5": "short-episodes"}
+CHOSEN |= {"Pendulum-v1": "rl-zoo3", "BipedalWalker-v3": "default"}  # Acrobot's is to come
+DEFAULT = {"default": Arm()}
+TUNED = [Block(TUNED_TASKS, DEFAULT, range(1, 6)), Block(WALKER, DEFAULT, range(6, 11))]
+RESULTS = [Block(DISCRETE | MUJOCO | WALKER, DEFAULT, range(21, 31))]
+for task, name, arm in CANDIDATES:
+    TUNED.append(Block(pick(task, TUNED_TASKS), {name: arm}, range(1, 6)))
+    if CHOSEN.get(task) == name:
+        TUNED.append(Block(pick(task, TUNED_TASKS), {name: arm}, range(6, 11)))
+        RESULTS.append(Block(pick(task, TUNED_TASKS), {"tuned": arm}, range(21, 31)))
 
-# ---------- Claims: arms.csv has their flags, and the seeds on each task ----------
+# ---------- Claims: arms.csv has the flags of each arm, and its seeds on each task ----------
 # Arms "plain" have neither KL limit nor value clip, which could make up for what is switched
 # off. Those of the ladder each change one thing more, from CleanRL's flags to the defaults.
 CLAIMS_TASKS = {
-    CHEETAH: "ppo_continuous.py --compile --total-timesteps 300000",
+    CHEETAH: f"{CONTINUOUS} --compile --total-timesteps 300000",
     LUNAR: DISCRETE[LUNAR].replace("ppo.py", "ppo.py --compile"),
-    SWIMMER: CONTINUOUS[SWIMMER],
-    "Pendulum-v1": f"{TUNED['Pendulum-v1'][0]} {PENDULUM_FLAGS} --gamma 0.99",
+    SWIMMER: MUJOCO[SWIMMER],
+    "Pendulum-v1": f"{TUNED_TASKS['Pendulum-v1']} {PENDULUM_FLAGS} --gamma 0.99",
     "CartPole-v1": "ppo.py --total-timesteps 50000",
     "Blackjack-v1": "ppo.py --total-timesteps 100000",
     "FrozenLake-v1": "ppo.py --total-timesteps 100000",
@@ -158,34 +132,38 @@ CLAIMS, CLAIMS_2 = [], []
 with open(Path(__file__).with_name("arms.csv"), newline="") as file:
     for row in csv.DictReader(file):
         arm = {row["arm"]: Arm(row["flags"], row["variation"])}
-        for text in row["seeds"].split("; "):
-            first, last, tasks = re.match(r"(\d+)-(\d+) (.*)", text).groups()
+        for first, last, tasks in re.findall(r"(\d+)-(\d+) ([^;]+)", row["seeds"]):
+            blocks = CLAIMS if first == "1" else CLAIMS_2
             seeds = range(int(first), int(last) + 1)
-            blocks = CLAIMS if seeds[0] == 1 else CLAIMS_2
             blocks.append(Block(pick(tasks, CLAIMS_TASKS), arm, seeds))
 
 # ---------- All studies ----------
-FORMER = "ppo_continuous.py --compile --num-envs 16 --num-steps 128"
-LIMITED = dict.fromkeys([task.replace("Ant-v5", "Ant-v4") for task in CONTINUOUS], FORMER)
-LIMITS = {
-    "limit": Arm("--target-kl 0.02", "narrow_critic"),
-    "no-limit": Arm("--target-kl None", "narrow_critic"),
+DEFAULTS = {  # candidates for those of ppo_continuous.py
+    "default": Arm(),
+    "random-start-ages": Arm("", "random_start_ages"),
+    "no-recompute": Arm("--no-recompute-advantages"),
+    "both": Arm("--no-recompute-advantages", "random_start_ages"),
 }
+CHOICE = pick(f"{CHEETAH} Walker2d-v5 {SWIMMER} Ant-v5", MUJOCO)
+FORMER = f"{CONTINUOUS} --compile --num-envs 16 --num-steps 128"
+LIMITED = dict.fromkeys([task.replace("Ant-v5", "Ant-v4") for task in MUJOCO], FORMER)
+LIMITS = {"limit": Arm("--target-kl 0.02", "narrow_critic")}
+LIMITS["no-limit"] = Arm("--target-kl None", "narrow_critic")
 RATES = {"healthy": Arm(), "learning-rate-x10": Arm("--learning-rate 3e-3")}
 BFLOAT = {f"bf16-{x}": Arm(f"--total-timesteps 500000 --bf16 {x}") for x in ("on", "off")}
 PEERS = dict.fromkeys([CHEETAH, "Hopper-v5", "Walker2d-v5"], "benchmark/sb3.py")
 ZOO = {"default": Arm(), "rl-zoo3": Arm("--tuned")}
-RESULTS = [Block(DISCRETE | CONTINUOUS | WALKER, DEFAULT, range(21, 31)), *TUNED_RESULTS]
+COLUMNS = ("approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm")
 EPOCHS = ("approx_kl", "entropy", "explained_variance", "*_in_epoch_*")
 STUDIES = {
-    "defaults": Study([Block(CHOICE, CANDIDATES, range(11, 21))], played=100),
-    "tuned": Study(TUNED_BLOCKS, played=100),
-    "results": Study(RESULTS, DIAGNOSTICS, evaluations=10, played=100),
-    "atari": Study([Block(ATARI, DEFAULT, range(1, 4))], DIAGNOSTICS, played=100),
+    "defaults": Study([Block(CHOICE, DEFAULTS, range(11, 21))], played=100),
+    "tuned": Study(TUNED, played=100),
+    "results": Study(RESULTS, COLUMNS, evaluations=10, played=100),
+    "atari": Study([Block(ATARI, DEFAULT, range(1, 4))], COLUMNS, played=100),
     "atari-bf16": Study([Block(pick("Breakout", ATARI), BFLOAT, range(1, 4))]),
     "sb3": Study([Block(PEERS, ZOO, range(1, 4))]),
     "kl-limit": Study([Block(LIMITED, LIMITS, range(1, 6))]),
-    "diagnostics": Study([Block(pick(LUNAR, DISCRETE), RATES, range(1, 4))], DIAGNOSTICS),
+    "diagnostics": Study([Block(pick(LUNAR, DISCRETE), RATES, range(1, 4))], COLUMNS),
     "claims": Study(CLAIMS, EPOCHS),
     "claims-2": Study(CLAIMS_2, ("approx_kl", "entropy")),
 }

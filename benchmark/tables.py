@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from estimates import interval, iqm, paired_effects, welch
 from results import RESULTS, load, load_curves, select
-from studies import CHEETAH, LUNAR, MUJOCO, TUNED, runs
+from studies import CHEETAH, CHOSEN, LUNAR, MUJOCO, runs
 
-TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO.split(), "Ant-v4"]
+TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO, "Ant-v4"]
 TASKS += ["BipedalWalker-v3", "Pendulum-v1", "Pong", "Breakout", "BeamRider"]
 PROTOCOLS = ["training", "sampled", "greedy", "best"]
 CI = "[95\u00a0%]"  # with a space that does not break
@@ -54,7 +54,7 @@ def middle(scores):
 def final_runs(task, arm="default"):
     """The runs that count for a task with default or tuned flags: those of the study "results",
     where it has any, else older ones."""
-    found, chosen = select(task, arm, "results"), TUNED.get(task, [None])[-1]
+    found, chosen = select(task, arm, "results"), CHOSEN.get(task)
     if found.empty and arm == "default":
         found = select(task, arm, "ppo", "continuous", "atari")
     if found.empty and chosen and (chosen == "default") == (arm == "default"):

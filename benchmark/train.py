@@ -1,10 +1,10 @@
 """Trains one of the scripts, or a patched copy of it, and evaluates the agent: used by run.py.
 
-    python benchmark/train.py ppo.py 10 100 --env-id CartPole-v1   # flags of the script last
+    python benchmark/train.py ppo.py 10 100 --env-id CartPole-v1    # the script's flags last
 
 Evaluates the agent so many times on the way (here 10), ten episodes each with sampled actions,
-and the finished agent for so many episodes (here 100), with sampled and with greedy actions.
-Training is the same with and without. Leaves the mean returns in RUNS_DIR/evaluation.json.
+and the finished agent in so many episodes (here 100), with sampled and with greedy actions.
+Training is the same with and without. Leaves mean returns in RUNS_DIR/evaluation.json.
 """
 
 import importlib
@@ -20,9 +20,10 @@ def main():
     path, evaluations, played, *flags = sys.argv[1:]
     sys.path.insert(0, str(Path(path).resolve().parent))
     script = importlib.import_module(Path(path).stem)
-    args = tyro.cli(script.Args, args=flags)
+    args, done = tyro.cli(script.Args, args=flags), 0
     if args.resume is not None:
-        args = replace(script.load_run(args.resume)[0], resume=args.resume)
+        saved, checkpoint = script.load_run(args.resume)
+        args, done = replace(saved, resume=args.resume), checkpoint["iteration"]
     iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     milestones = {
         iterations * i // int(evaluations): i for i in range(1, int(evaluations) + 1)
@@ -33,15 +34,16 @@ def main():
     def evaluate(agent, name, envs, episodes, greedy=False):
         changed = replace(args, num_envs=envs, eval_episodes=episodes, greedy=greedy)
         changed = replace(changed, resume=None, evaluate=args.runs_dir)
-        means[name] = float(script.evaluate(agent, changed).mean())
+        means[str(name)] = float(script.evaluate(agent, changed).mean())
         file.write_text(json.dumps(means))
 
     def after_iteration(agent, metrics):
         if metrics["iteration"] in milestones:
-            evaluate(agent, str(milestones[metrics["iteration"]]), 10, 1)
+            evaluate(agent, milestones[metrics["iteration"]], 10, 1)
 
-    run_dir = script.train(args, after_iteration)
-    agent = script.load_agent(run_dir)
+    if done in milestones:  # it was interrupted after saving, perhaps in this evaluation
+        evaluate(script.load_agent(args.resume), milestones[done], 10, 1)
+    agent = script.load_agent(script.train(args, after_iteration))
     if int(played):
         evaluate(agent, "sampled", 20, int(played) // 20)
         evaluate(agent, "greedy", 20, int(played) // 20, greedy=True)
