@@ -11,8 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from estimates import drawn_effects, paired_effects
-from results import RESULTS, load_curves, select
+from results import load, load_curves, select
 from studies import CHEETAH, runs
+
+FIRST = range(1, 21)
+TABLE = pd.read_csv(Path(__file__).with_suffix(".csv")).fillna("")
+NAMES = dict(zip(TABLE.number, TABLE.claim))  # {number: claim}
 
 
 class Verdict(NamedTuple):
@@ -22,20 +26,10 @@ class Verdict(NamedTuple):
 
 
 @cache
-def table():
-    return pd.read_csv(Path(__file__).with_suffix(".csv")).fillna("")
-
-
-def names():
-    """{number: claim}."""
-    return dict(zip(table().number, table().claim))
-
-
-@cache
 def comparisons(claim):
     """{comparison: {task: (arm, base, what it predicts)}}."""
     found = {}
-    for row in table()[table().claim == claim].itertuples():
+    for row in TABLE[TABLE.claim == claim].itertuples():
         of_task = dict.fromkeys(row.tasks.split(), (row.arm, row.base, row.predicts))
         found[row.comparison] = found.get(row.comparison, {}) | of_task
     return found
@@ -43,13 +37,18 @@ def comparisons(claim):
 
 @cache
 def random_returns():
-    return dict(pd.read_csv(RESULTS / "random.csv")[["task", "mean"]].to_numpy())
+    return dict(load("random")[["task", "mean"]].to_numpy())
 
 
-def values(task, arm, seeds, column):
-    """{seed: value} of the runs that there are."""
+def values(task, arm, seeds=FIRST, column="score"):
+    """A column of the runs that there are, by seed."""
     found = select(task, arm, "claims", "claims-2", seeds=seeds)
-    return dict(zip(found.seed, found[column]))
+    return found.set_index("seed")[column]
+
+
+def paired(arms):
+    """One array an arm, of the seeds that all have."""
+    return list(pd.concat(arms, axis=1).dropna().to_numpy().T)
 
 
 def metric(arm, name, task=CHEETAH):
@@ -59,21 +58,18 @@ def metric(arm, name, task=CHEETAH):
 
 
 @cache
-def first_effects(claim, paired=False):
-    """{comparison: effects} of the first round; paired: only runs with the same seeds."""
+def first_effects(claim, same_seeds=False):
+    """{comparison: effects} of the first round, or of its runs with the same seeds."""
     column, found = "mean_return" if claim == "epochs" else "score", {}
     for label, tasks in comparisons(claim).items():
         scores = {}
         for task, (arm, base, _) in tasks.items():
-            reference = "plain" if base.startswith("plain") else "base"
-            arms = [values(task, x, range(1, 21), column) for x in (arm, base, reference)]
-            if paired:
-                common = sorted(arms[0].keys() & arms[1].keys())
-                arms = [{seed: x[seed] for seed in common} for x in arms]
-            arms = [np.array(list(x.values())) for x in arms]
-            scores[task] = [*arms[:2], arms[1] if base == reference else arms[2]]
+            names = [arm, base, "plain" if base.startswith("plain") else "base"]
+            arms = [values(task, name, FIRST, column) for name in dict.fromkeys(names)]
+            arms = paired(arms) if same_seeds else [x.to_numpy() for x in arms]
+            scores[task] = arms if len(arms) == 3 else [*arms, arms[1]]
         if all(len(arms[0]) for arms in scores.values()):
-            found[label] = drawn_effects(scores, random_returns(), paired)
+            found[label] = drawn_effects(scores, random_returns(), same_seeds)
     return found
 
 
@@ -88,16 +84,15 @@ def fresh_seeds(task, *arms):
 
 @cache
 def second_scores(claim, label):
-    """{task: (arm, base)} by seed, and the number of missing runs; ({}, 0) if there is no second
-    round. Tasks without fresh seeds count with those of the first round."""
+    """{task: (arm, base)} by seed, and the number of missing runs; ({}, 0) if there is no
+    second round. Tasks without fresh seeds count with those of the first round."""
     column = "mean_return" if claim in ("epochs", "reset-rows") else "last_quarter"
     scores, missing, any_fresh = {}, 0, False
-    for task, (*arms, _) in comparisons(claim)[label].items():
-        fresh = fresh_seeds(task, *arms)
-        found = [values(task, arm, fresh or range(1, 21), column) for arm in arms]
-        common = sorted(found[0].keys() & found[1].keys())
-        scores[task] = [np.array([x[seed] for seed in common]) for x in found]
-        any_fresh, missing = any_fresh or bool(fresh), missing + len(fresh - set(common))
+    for task, (*names, _) in comparisons(claim)[label].items():
+        fresh = fresh_seeds(task, *names)
+        scores[task] = paired([values(task, x, fresh or FIRST, column) for x in names])
+        any_fresh |= bool(fresh)
+        missing += max(len(fresh) - len(scores[task][0]), 0)
     return (scores, missing) if any_fresh else ({}, 0)
 
 
@@ -165,6 +160,4 @@ def judge(claim):
 def kl_ratios(task):
     """{ε: mean approx_kl over ½ε²}."""
     arms = {e: "plain" if e == 0.2 else f"plain-clip-{e}" for e in (0.05, 0.1, 0.2, 0.3)}
-    return {
-        e: np.nanmean(metric(arm, "approx_kl", task)) / e**2 * 2 for e, arm in arms.items()
-    }
+    return {e: np.nanmean(metric(x, "approx_kl", task)) / e**2 * 2 for e, x in arms.items()}

@@ -22,8 +22,19 @@ def interval(scores, statistic=iqm):
     return np.percentile(draw((scores,), statistic, np.random.default_rng(0)), [2.5, 97.5])
 
 
+def summary(scores):
+    """Mean, standard deviation and number of seeds; a single one counts as exact."""
+    scores = np.array(scores)
+    single = len(scores) == 1
+    return (
+        scores.mean(),
+        0.0 if single else scores.std(ddof=1),
+        2 if single else len(scores),
+    )
+
+
 def welch(x, y):
-    """95 % interval of mean x − mean y; each a tuple of mean, standard deviation, seeds."""
+    """95 % interval of the difference of two means, from their summaries."""
     difference, parts = x[0] - y[0], np.array([x[1] ** 2 / x[2], y[1] ** 2 / y[2]])
     if parts.sum() == 0:
         return difference, difference

@@ -6,9 +6,8 @@ import claims
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from estimates import iqm
-from results import RESULTS, select
+from results import load, select
 from studies import CHEETAH, LUNAR, MUJOCO
 from tables import PROTOCOLS, best_published, curve, final_runs
 
@@ -102,7 +101,7 @@ def diagnostics():
 def rlhf():
     """Returns against the KL to the reference: the frontier of RLHF papers."""
     figure, axes = panels(2, (4.3, 3.4))
-    table = pd.read_csv(RESULTS / "rlhf.csv")
+    table = load("rlhf")
     reference, runs = table[table.beta == "reference"], table[table.beta != "reference"]
     means = runs.groupby(runs.beta.astype(float))[["kl", "proxy", "true"]].mean()
     for axis, measure, color in zip(axes, ("proxy", "true"), ("C1", "C0")):
@@ -122,7 +121,7 @@ def rlhf():
 def all_claims():
     """The comparisons that decide the claims: effect and interval, of all tasks and of each."""
     rows = []
-    for number, claim in claims.names().items():
+    for number, claim in claims.NAMES.items():
         for label, (effects, _, _) in claims.judge(claim).items():
             rows.append((f"{number}. {label}", effects))
     figure, (axis,) = panels(1, (8, 1.2 + 0.45 * len(rows)))

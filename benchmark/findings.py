@@ -3,18 +3,18 @@
 import numpy as np
 import pandas as pd
 from claims import (
+    NAMES,
     comparisons,
     first_effects,
     judge,
     kl_ratios,
     metric,
-    names,
     random_returns,
     second_scores,
     values,
 )
-from estimates import iqm, paired_effects, welch
-from results import RESULTS, ROOT
+from estimates import iqm, paired_effects, summary, welch
+from results import ROOT, load
 from studies import CHEETAH, LUNAR
 from tables import CI, final_runs, number, rounds_of_speed
 
@@ -37,7 +37,7 @@ def effects(claim):
     """The comparisons of a claim, round by round."""
     rows = []
     for label, found in first_effects(claim).items():
-        paired = each_task(first_effects(claim, paired=True)[label])
+        paired = each_task(first_effects(claim, same_seeds=True)[label])
         rows.append([label, each_task(found), paired, interval(*found["all"])])
     for label, tasks in comparisons(claim).items():
         scores, missing = second_scores(claim, label)
@@ -56,18 +56,15 @@ def ladder_steps():
     """{step: (mean of the step before, mean, Welch interval of the difference)}."""
     found = {}
     for label, tasks in comparisons("ladder").items():
-        arms = [
-            list(values(CHEETAH, x, range(1, 6), "score").values()) for x in tasks[CHEETAH]
-        ]
-        after, before = [(np.mean(x), np.std(x, ddof=1), len(x)) for x in arms[:2]]
+        after, before = [summary(values(CHEETAH, arm)) for arm in tasks[CHEETAH][:2]]
         found[label] = before[0], after[0], welch(after, before)
     return found
 
 
 def ladder():
-    steps = ladder_steps()
-    rows = [["CleanRL's flags", number(next(iter(steps.values()))[0]), ""]]
-    for label, (before, after, bounds) in steps.items():
+    rows = []
+    for label, (before, after, bounds) in ladder_steps().items():
+        rows = rows or [["CleanRL's flags", number(before), ""]]
         change = [number(x, 0) for x in (after - before, *bounds)]
         rows.append([f"+ {label}", number(after), "{} [{}, {}]".format(*change)])
     return pd.DataFrame(rows, columns=["agent", "mean return", f"change {CI}"])
@@ -101,7 +98,7 @@ def verdicts():
     heads = dict(line[4:].split(". ", 1) for line in lines if line.startswith("### "))
     rows, special = [], {"clip-kl": f"KL over ½ε²: {kl_range(CHEETAH)}; {kl_range(LUNAR)}"}
     special["ladder"] = " → ".join(ladder()["mean return"])
-    for claim_number, claim in names().items():
+    for claim_number, claim in NAMES.items():
         found = "; ".join(f"{x}: {each_task(e)}" for x, (e, _, _) in judge(claim).items())
         found = special.get(claim, found)
         rows.append([heads[str(claim_number)], found, verdict(claim)])
@@ -120,14 +117,11 @@ def kl_range(task):
 
 def scores(task, arm):
     """The scores of the first round, in order."""
-    return ", ".join(
-        number(x, 0) for x in sorted(values(task, arm, range(1, 21), "score").values())
-    )
+    return ", ".join(number(x, 0) for x in sorted(values(task, arm)))
 
 
 def mean_score(task, arm, first, last):
-    found = values(task, arm, range(int(first), int(last) + 1), "score")
-    return number(np.mean(list(found.values())), 0)
+    return number(values(task, arm, range(int(first), int(last) + 1)).mean(), 0)
 
 
 def mean_metric(arm, name):
@@ -152,19 +146,16 @@ def lines(script):
 
 def rlhf_verdict(part=None):
     """Applies the rule of the study, for one of its three parts or for all."""
-    runs = pd.read_csv(RESULTS / "rlhf.csv")
-    arms = [runs[runs.beta == beta] for beta in ("reference", "0", "0.1", "0.3", "1", "3")]
-    reference, none, *others = arms
+    table = load("rlhf")
+    reference, none, *others = [
+        table[table.beta == beta] for beta in ("reference", "0", "0.1", "0.3", "1", "3")
+    ]
 
     def sign(x, y):
-        """Of the difference of means, 0 if its 95 % interval holds 0; one run is a number."""
-        numbers = [
-            (z.mean(), z.std(ddof=1), len(z)) if len(z) > 1 else (z.mean(), 0, 2)
-            for z in (x, y)
-        ]
-        return int(np.sign(welch(*numbers)).sum() / 2)
+        """Of the difference of means; 0 if its 95 % interval holds 0."""
+        return int(np.sign(welch(summary(x), summary(y))).sum() / 2)
 
-    falls = [sign(a.kl, b.kl) for a, b in zip(arms[1:], others)]
+    falls = [sign(a.kl, b.kl) for a, b in zip([none, *others], others)]
     games = [sign(none.proxy, reference.proxy), sign(reference.true, none.true)]
     helps = [sign(arm.true, none.true) for arm in others]
     parts = [min(falls), min(games), max(helps)]

@@ -40,7 +40,8 @@ def read(name, columns):
 @cache
 def load(*studies):
     """One table of all runs of these studies."""
-    table = pd.concat([read(f"{study}.csv", COLUMNS) for study in studies])
+    tables = [read(f"{study}.csv", COLUMNS) for study in studies]
+    table = pd.concat([table for table in tables if len(table)] or tables)
     return table.fillna({"variation": "", "note": ""})
 
 

@@ -6,8 +6,8 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from estimates import interval, iqm, paired_effects, welch
-from results import RESULTS, load, load_curves, select
+from estimates import interval, iqm, paired_effects, summary, welch
+from results import load, load_curves, select
 from studies import CHEETAH, CHOSEN, LUNAR, MUJOCO, runs
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO, "Ant-v4"]
@@ -126,8 +126,7 @@ def compared():
             theirs, difference = number(best["mean"]), ours.mean() - best["mean"]
             text, word, low, high = number(difference), ", by point", difference, difference
             if len(ours) > 1 and best.seeds > 1 and best.spread >= 0:
-                there = best["mean"], best.spread, best.seeds
-                low, high = welch((ours.mean(), ours.std(ddof=1), len(ours)), there)
+                low, high = welch(summary(ours), (best["mean"], best.spread, best.seeds))
                 theirs += f" ± {number(best.spread)} ({best.seeds:.0f})"
                 text, word = f"{text} [{number(low)}, {number(high)}]", ""
             low, high = np.round([low, high], 1 if abs(best["mean"]) < 500 else 0)
@@ -208,7 +207,7 @@ def diagnostics():
 
 def rounds_of_speed(script):
     """{machine: table of rounds × programs}, of the last day on each machine."""
-    table, found = pd.read_csv(RESULTS / "speed.csv"), {}
+    table, found = load("speed"), {}
     for machine, turns in table[table.script == script].groupby(["cpu", "cores", "torch"]):
         turns = turns[turns.date == turns.date.max()]
         wide = turns.pivot(index="round", columns="program", values="steps_per_second")
@@ -235,7 +234,7 @@ def speed(script):
 
 
 def rlhf():
-    table = pd.read_csv(RESULTS / "rlhf.csv").groupby("beta")
+    table = load("rlhf").groupby("beta")
     table = table[["kl", "proxy", "true"]].agg(spread).reset_index()
     return table.set_axis(
         ["β", "KL to the reference", "proxy return", "true return"], axis=1
