@@ -6,7 +6,7 @@
     python ppo.py --evaluate runs/DIR --greedy --capture-video   # play and film an agent
 
 In this order: flags, equations, agent, training. What follows training is tooling.
-Names in brackets, like (gae), mark equations; the project's README explains them.
+Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch; observations of D numbers.
 """
 
@@ -37,8 +37,8 @@ SCRIPT = Path(__file__).name
 @dataclass
 class Args:  # tyro makes each field a flag and its comment the flag's help
     env_id: str = "CartPole-v1"  # with discrete actions; your own: my_module:MyEnv-v0
-    vectorization_mode: Literal["sync", "async"] | None = None  # None: gymnasium decides
-    total_timesteps: int = 500_000  # of all environments together, in whole rollouts
+    vectorization_mode: Literal["sync", "async"] | None = None  # async: a process each
+    total_timesteps: int = 500_000  # of all environments; rounded down to whole rollouts
     num_envs: int = 4  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T
     seed: int = 1  # decides everything that is random
@@ -58,9 +58,9 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     max_grad_norm: float = 0.5  # longer gradients are shortened to this norm; inf: none
     target_kl: float | None = None  # end an update after an epoch with a larger approx_kl
     norm_obs: bool = False  # normalise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the running deviation of their sums
+    norm_reward: bool = False  # divide rewards by the deviation of their discounted sums
     reference: str | None = None  # start from the agent in this run directory
-    kl_coef: float = 0.0  # beta: penalty for moving away from the reference
+    kl_coef: float = 0.0  # beta: rewards lose beta * log(pi / pi_reference)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
@@ -83,7 +83,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them).
+    time limit truncated it (rewards would have followed: V stands for them). At the end of
+    the rollout V stands for them, too: there Â_{t+1} is 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -111,8 +112,8 @@ def policy_loss(log_ratio, advantages, clip_coef):
 
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
-    V_clip = V_old + clip(V − V_old, −ε, ε). With clip_coef None, (vf): ½ E[(V − R̂)²].
-    Inputs (B,)."""
+    V_clip = V_old + clip(V − V_old, −ε, ε): as in (clip), nothing is gained by moving more
+    than ε away from V_old. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -121,7 +122,8 @@ def value_loss(values, old_values, returns, clip_coef):
 
 
 def ppo_loss(agent, batch, args):
-    """(total): −L_CLIP + c_v L_VF − c_e H; c_v = vf_coef, c_e = ent_coef, H is the entropy.
+    """(total): policy_loss + c_v value_loss − c_e H, where c_v = vf_coef, c_e = ent_coef,
+    and H is the mean entropy.
 
     agent is an Agent (below), batch a dict of columns (B, ...) → loss, metrics to log."""
     log_probs, entropy = agent.evaluate_actions(batch["x"], batch["actions"])
@@ -138,14 +140,15 @@ def ppo_loss(agent, batch, args):
 
     loss = pi_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
 
-    log_ratio = log_ratio.detach()  # the rest is only looked at
+    log_ratio = log_ratio.detach()  # what follows is only logged
     ratio_dev = log_ratio.exp() - 1  # ρ − 1
     return loss, {
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ] estimates KL(π_old, π)
-        "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): with less noise; E[ρ − 1] is 0
+        # Two estimates of KL(π_old, π). The second has less noise: on average, ρ − 1 is 0.
+        "old_approx_kl": -log_ratio.mean(),  # (k1)
+        "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
         "max_ratio_dev": ratio_dev.abs().max(),
     }
@@ -176,8 +179,8 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape). The variance of old and new rows together is the mean of
-        their two variances, plus the variance between their means (Chan et al. 1979)."""
+        """Merges rows (B, *shape). The variance of all rows is the mean of the old and the
+        new variance, weighted by rows, plus that between the means (Chan et al. 1979)."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
         share = len(rows) / (self.count + len(rows))  # the new rows' weight
         delta = mean - self.mean
@@ -187,8 +190,9 @@ class RunningStats(nn.Module):
 
 
 def scale_rewards(rewards, valid, stats, gamma, running_sum):
-    """(rew-norm): r_t / √Var(G), clipped to ±10. G_t = γ G_{t−1} + r_t sums past rewards,
-    anew in each episode; stats keeps its running variance.
+    """(rew-norm): r_t / √Var(G), clipped to ±10. G_t = γ G_{t−1} + r_t sums the rewards of
+    the episode so far; stats keeps its running variance. No mean is subtracted, so that
+    rewards keep their sign.
 
     rewards (T, N); valid (T, N), False where a step only reset; running_sum (N,), the last
     G of the previous rollout → scaled rewards (T, N), the last G of this one (N,)."""
@@ -204,8 +208,8 @@ def scale_rewards(rewards, valid, stats, gamma, running_sum):
 
 # ---------- Agent ----------
 def mlp(inputs, units, outputs, output_gain):
-    """Two hidden layers of tanh units. Orthogonal weights, √2 for tanh: signals keep their
-    size from layer to layer."""
+    """Two hidden layers of tanh units. Orthogonal weights with a gain of √2, usual in PPO:
+    from layer to layer, signals hardly shrink or grow."""
     layers = [nn.Linear(inputs, units), nn.Linear(units, units), nn.Linear(units, outputs)]
     for layer, gain in zip(layers, [math.sqrt(2), math.sqrt(2), output_gain]):
         nn.init.orthogonal_(layer.weight, gain)
@@ -223,14 +227,14 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(inputs)
         self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
 
-        # Separate networks: the value loss then cannot disturb the policy.
+        # Separate networks: the value loss has no gradient for the policy's weights.
         # The gain of 0.01 makes all actions almost equally probable at first.
         actions = int(envs.single_action_space.n)
         self.actor = mlp(inputs, 64, actions, output_gain=0.01)
         self.critic = mlp(inputs, 64, 1, output_gain=1.0)
 
     def normalize(self, obs):
-        """(obs-norm): observations (B, D) → x (B, D)."""
+        """(obs-norm): x = (observation − mean) / √var, clipped to ±10. Both (B, D)."""
         if not self.norm_obs:
             return obs
         std = (self.obs_stats.var + 1e-8).sqrt().float()
@@ -248,8 +252,9 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def evaluate_actions(self, x, actions):
-        """x (B, D), actions (B,) → log π(a|s), (categorical), and (entropy), both (B,).
-        Also (T, N, D), (T, N) → (T, N)."""
+        """x (B, D), actions (B,) → log π(a|s), entropy, (B,). Also (T, N, D), (T, N).
+        (categorical): log π(a|s) = z_a − log Σ_b exp(z_b), where z are the actor's outputs.
+        (entropy): −Σ_a π(a|s) log π(a|s)."""
         log_probs = torch.log_softmax(self.actor(x), -1)  # of all actions
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         taken = actions.unsqueeze(-1)
@@ -262,7 +267,6 @@ def train(args, after_iteration=None):
 
     after_iteration(agent, metrics) is called after each iteration: a place to evaluate."""
     check(args)
-    torch.set_num_threads(args.threads)
     run = Run(args)  # reads the checkpoint of --resume
     envs, first_obs = start_envs(args, run.iteration)  # seeds torch, too
     try:
@@ -278,15 +282,16 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     T, N = args.num_steps, args.num_envs
     iterations = args.total_timesteps // (T * N)
 
-    device = choose_device(args)
+    device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     reference = load_reference(args, agent)  # None without --reference
     # Adam's usual eps, 1e-8, would let weights with tiny gradients take full steps.
+    # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
         agent.parameters(), args.learning_rate, eps=1e-5, fused=True
     )
     backward = compiled(compute_gradient) if args.compile else compute_gradient
-    run.open(agent, optimizer)  # makes the run directory, or loads the checkpoint
+    run.open(agent, optimizer)  # a new directory; or loads weights and Adam's state
 
     # Environments use numpy, so a rollout is recorded in numpy.
     obs = np.zeros((T + 1, N, *envs.single_observation_space.shape), np.float32)
@@ -329,11 +334,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         if reference is not None:  # (kl-ref): moving away from the reference costs reward
             x_ref = reference.normalize(to_tensor(obs[:-1]))
             ref_log_probs, _ = reference.evaluate_actions(x_ref, to_tensor(actions))
-            kl = (log_probs - ref_log_probs) * valid
-            r = r - args.kl_coef * kl
-        if args.norm_reward:
+            drift = (log_probs - ref_log_probs) * valid  # its mean estimates KL(π, π_ref)
+            r = r - args.kl_coef * drift
+        if args.norm_reward:  # its statistics may move first: rewards are scaled only once
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
+        # After no_future, V counts as 0. Steps that only reset get advantages, too, but
+        # these go nowhere: done in the step before cuts (gae), and they are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -352,8 +359,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # T * N row numbers; some come twice, in place of the dropped rows, since
-            # torch.compile wants minibatches of one size.
+            # T * N row numbers. torch.compile wants minibatches of one size, so other rows
+            # come again in place of those dropped: at most two of three, hence 3 copies.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
@@ -371,11 +378,10 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
             "explained_variance": explained,
-            "kl_reference": kl[valid].mean().item() if reference else None,
+            "kl_reference": drift[valid].mean().item() if reference else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
-        # Adds returns and times:
-        metrics = run.log(iteration, metrics, rewards, done, reset)
+        metrics = run.log(iteration, metrics, rewards, done, reset)  # adds returns
         if iteration % run.save_every == 0 or iteration == iterations:
             run.save(iteration, agent, optimizer)
         if after_iteration is not None:
@@ -387,18 +393,19 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 @torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
-    envs, obs = start_envs(args, 0)
+    envs, obs = start_envs(args, 0)  # each evaluation begins alike
     device = next(agent.parameters()).device
     scores = [[] for _ in range(args.num_envs)]
     running = np.zeros(args.num_envs)  # scores of the running episodes
 
-    total, quiet = args.num_envs * args.eval_episodes, args.evaluate is None
+    total = args.num_envs * args.eval_episodes
+    quiet = args.evaluate is None  # a training has its own bar
     with progress_bar("episodes", total, disable=quiet) as bar:
         while min(map(len, scores)) < args.eval_episodes:
             x = agent.normalize(torch.as_tensor(obs, dtype=torch.float32, device=device))
             actions = agent.act(x, args.greedy).cpu().numpy()
             obs, reward, terminated, truncated, _ = envs.step(actions)
-            running += reward  # 0 in a step that only resets
+            running += reward  # reward is 0 in a step that only resets
             for n in np.flatnonzero(terminated | truncated):
                 if len(scores[n]) < args.eval_episodes:
                     scores[n].append(running[n])
@@ -487,7 +494,7 @@ class Run:
                 agent.load_state_dict(self.checkpoint["agent"])
                 optimizer.load_state_dict(self.checkpoint["optimizer"])
                 for name, size in self.checkpoint["log_sizes"].items():
-                    os.truncate(self.directory / name, size)  # later rows are made again
+                    os.truncate(self.directory / name, size)  # later rows come again
             else:
                 self.directory = make_directory(self.args)
             self.metrics_file = self.opened.enter_context(
@@ -502,8 +509,8 @@ class Run:
 
         command = f"python {SCRIPT} --resume {shlex.quote(str(self.directory))}"
         print(f"Training in {self.directory}. To continue: {command}", flush=True)
-        total, done = self.iterations * self.steps, self.iteration * self.steps
-        self.bar = self.opened.enter_context(progress_bar("steps", total, done))
+        total, played = self.iterations * self.steps, self.iteration * self.steps
+        self.bar = self.opened.enter_context(progress_bar("steps", total, played))
         self.wandb = None
         if self.args.track:
             import wandb  # only here, since it is slow to import
@@ -586,12 +593,12 @@ def append_rows(file, columns, rows):
     file.flush()
 
 
-def progress_bar(unit, total, done=0, disable=False):
+def progress_bar(unit, total, played=0, disable=False):
     """A bar of tqdm; where there is no terminal, a line every five seconds."""
     line = "{n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left\n"
     options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
     return tqdm(
-        total=total, initial=done, unit=f" {unit}", miniters=0, disable=disable, **options
+        total=total, initial=played, unit=f" {unit}", miniters=0, disable=disable, **options
     )
 
 
@@ -638,7 +645,7 @@ def check(args):
     ranges |= dict.fromkeys(positive.split(), (1, math.inf))
     for name, value in vars(args).items():
         low, high = ranges.get(name, (0, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
+        if isinstance(value, int | float) and not low <= value <= high:  # or if nan
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
 
@@ -657,8 +664,9 @@ def check(args):
         raise UsageError("--kl-coef needs --reference")
 
 
-def choose_device(args):
-    """The device of --device; auto: a GPU if there is one."""
+def set_up_torch(args):
+    """Sets the number of CPU threads; returns the device."""
+    torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU")
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
@@ -667,7 +675,7 @@ def choose_device(args):
 
 def compiled(function):
     """torch.compile of loss and backward as one graph; on a GPU with CUDA graphs."""
-    torch._dynamo.config.trace_autograd_ops = True  # else it splits at loss.backward()
+    torch._dynamo.config.trace_autograd_ops = True  # else backward gets a graph of its own
     return torch.compile(function, mode="reduce-overhead")
 
 
@@ -702,7 +710,8 @@ def main():
             train(args)
             return
         check(args)
-        scores = evaluate(load_agent(args.evaluate), args)
+        agent = load_agent(args.evaluate).to(set_up_torch(args))
+        scores = evaluate(agent, args)
         print(f"mean return {scores.mean():.6g}, standard deviation {scores.std():.6g}:")
         print(*(f"{score:.6g}" for score in scores.flatten()))
     except UsageError as error:

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 ppo_atari.py                        # on 8 GPUs
 
 In this order: flags, equations, agent, training. What follows training is tooling.
-Names in brackets, like (gae), mark equations; the project's README explains them.
+Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch.
 """
 
@@ -48,7 +48,7 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # how many there 
 @dataclass
 class Args:  # tyro makes each field a flag and its comment the flag's help
     env_id: str = "ALE/Breakout-v5"  # or just Breakout, or BreakoutNoFrameskip-v4
-    total_timesteps: int = 10_000_000  # of all environments together, in whole rollouts
+    total_timesteps: int = 10_000_000  # of all environments; rounded down to whole rollouts
     num_envs: int = 8  # parallel environments, N, of each process
     num_steps: int = 128  # steps of each environment in a rollout, T
     seed: int = 1  # decides everything that is random
@@ -94,7 +94,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them).
+    time limit truncated it (rewards would have followed: V stands for them). At the end of
+    the rollout V stands for them, too: there Â_{t+1} is 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -122,8 +123,8 @@ def policy_loss(log_ratio, advantages, clip_coef):
 
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
-    V_clip = V_old + clip(V − V_old, −ε, ε). With clip_coef None, (vf): ½ E[(V − R̂)²].
-    Inputs (B,)."""
+    V_clip = V_old + clip(V − V_old, −ε, ε): as in (clip), nothing is gained by moving more
+    than ε away from V_old. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -132,7 +133,8 @@ def value_loss(values, old_values, returns, clip_coef):
 
 
 def ppo_loss(agent, batch, args):
-    """(total): −L_CLIP + c_v L_VF − c_e H; c_v = vf_coef, c_e = ent_coef, H is the entropy.
+    """(total): policy_loss + c_v value_loss − c_e H, where c_v = vf_coef, c_e = ent_coef,
+    and H is the mean entropy.
 
     agent is an Agent (below), batch a dict of columns (B, ...) → loss, metrics to log."""
     x = agent.features(batch["obs"])
@@ -150,14 +152,15 @@ def ppo_loss(agent, batch, args):
 
     loss = pi_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
 
-    log_ratio = log_ratio.detach()  # the rest is only looked at
+    log_ratio = log_ratio.detach()  # what follows is only logged
     ratio_dev = log_ratio.exp() - 1  # ρ − 1
     return loss, {
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        "old_approx_kl": -log_ratio.mean(),  # (k1): E[−log ρ] estimates KL(π_old, π)
-        "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3): with less noise; E[ρ − 1] is 0
+        # Two estimates of KL(π_old, π). The second has less noise: on average, ρ − 1 is 0.
+        "old_approx_kl": -log_ratio.mean(),  # (k1)
+        "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
         "max_ratio_dev": ratio_dev.abs().max(),
     }
@@ -179,8 +182,8 @@ def explained_variance(advantages, returns):
 
 # ---------- Agent ----------
 def orthogonal(layer, gain=2**0.5):
-    """Zero biases; orthogonal weights, √2 for ReLU: signals keep their size from layer to
-    layer."""
+    """Orthogonal weights with a gain of √2, usual in PPO: from layer to layer, signals
+    hardly shrink or grow."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -211,9 +214,11 @@ class Agent(nn.Module):
 
     def features(self, obs):
         """Observations (B, 4, 84, 84), uint8 → x (B, 512), float32."""
-        obs = obs.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        # channels_last is another order in memory: convolutions on a CPU are twice as fast.
+        pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(obs.float() / 255).float()
+            return self.network(pixels).float()
 
     def act(self, x, greedy=False):
         """x (B, 512) → actions (B,): sampled from π, or the most probable ones."""
@@ -227,8 +232,9 @@ class Agent(nn.Module):
         return self.critic(x).squeeze(-1)
 
     def evaluate_actions(self, x, actions):
-        """x (B, 512), actions (B,) → log π(a|s), (categorical), and (entropy), both (B,).
-        Also (T, N, 512), (T, N) → (T, N)."""
+        """x (B, 512), actions (B,) → log π(a|s), entropy, (B,). Also (T, N, 512), (T, N).
+        (categorical): log π(a|s) = z_a − log Σ_b exp(z_b), where z are the actor's outputs.
+        (entropy): −Σ_a π(a|s) log π(a|s)."""
         log_probs = torch.log_softmax(self.actor(x), -1)  # of all actions
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         taken = actions.unsqueeze(-1)
@@ -241,8 +247,6 @@ def train(args, after_iteration=None):
 
     after_iteration(agent, metrics) is called after each iteration: a place to evaluate."""
     check(args)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     run = Run(args)  # reads the checkpoint of --resume
     envs, first_obs = start_envs(args, run.iteration)  # seeds torch, too
     try:
@@ -260,16 +264,17 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     T, N = args.num_steps, args.num_envs
     iterations = args.total_timesteps // (T * N * WORLD_SIZE)
 
-    device = choose_device(args)
+    device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     agent.bf16 = choose_bf16(args, device)
     # Adam's usual eps, 1e-8, would let weights with tiny gradients take full steps.
+    # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
         agent.parameters(), args.learning_rate, eps=1e-5, fused=True
     )
     backward = compiled(compute_gradient) if args.compile else compute_gradient
     features = compiled(agent.features) if args.compile else agent.features
-    run.open(agent, optimizer)  # makes the run directory, or loads the checkpoint
+    run.open(agent, optimizer)  # a new directory; or loads weights and Adam's state
     if WORLD_SIZE > 1:
         start_together(agent, device)
 
@@ -311,6 +316,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
 
         r = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
+        # After no_future, V counts as 0. FIRE and resets get advantages, too, but these go
+        # nowhere: done in the step before cuts (gae), and they are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -321,7 +328,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             "advantages": advantages,
             "returns": advantages + values[:-1],  # (return), R̂
         }
-        # (valid): other steps are dropped, and (T, N, ...) becomes (B, ...).
+        # (valid): FIRE and resets are dropped, and (T, N, ...) becomes (B, ...).
         batch = {name: column[to_tensor(valid)] for name, column in batch.items()}
 
         explained = explained_variance(batch["advantages"], batch["returns"])
@@ -329,8 +336,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # T * N row numbers; some come twice, in place of the dropped rows, since
-            # torch.compile wants minibatches of one size.
+            # T * N row numbers. torch.compile wants minibatches of one size, so other rows
+            # come again in place of those dropped: at most two of three, hence 3 copies.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
@@ -349,14 +356,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
                 epoch_kl = average(torch.tensor(epoch_kl, device=device)).item()
             if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
+
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
             "explained_variance": explained,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
-        # Adds returns and times:
-        metrics = run.log(iteration, metrics, rewards, new_game)
+        metrics = run.log(iteration, metrics, rewards, new_game)  # adds scores
         if iteration % run.save_every == 0 or iteration == iterations:
             run.save(iteration, agent, optimizer)
         if after_iteration is not None:
@@ -368,13 +375,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 @torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes games in each environment → scores (N, games)."""
-    envs, obs = start_envs(args, 0)
+    envs, obs = start_envs(args, 0)  # each evaluation begins alike
     device = next(agent.parameters()).device
     scores = [[] for _ in range(args.num_envs)]
     running = np.zeros(args.num_envs)  # scores of the running games
     film = Film(args) if args.capture_video else None
 
-    total, quiet = args.num_envs * args.eval_episodes, args.evaluate is None
+    total = args.num_envs * args.eval_episodes
+    quiet = args.evaluate is None  # a training has its own bar
     with progress_bar("games", total, disable=quiet) as bar:
         while min(map(len, scores)) < args.eval_episodes:
             x = agent.features(torch.from_numpy(obs).to(device))
@@ -527,7 +535,7 @@ class Run:
         try:
             if self.checkpoint is not None:
                 for name, size in self.checkpoint["log_sizes"].items():
-                    os.truncate(self.directory / name, size)  # later rows are made again
+                    os.truncate(self.directory / name, size)  # later rows come again
             else:
                 self.directory = make_directory(self.args)
             self.metrics_file = self.opened.enter_context(
@@ -543,8 +551,8 @@ class Run:
         launcher = "torchrun ..." if TORCHRUN else "python"
         command = f"{launcher} {SCRIPT} --resume {shlex.quote(str(self.directory))}"
         print(f"Training in {self.directory}. To continue: {command}", flush=True)
-        total, done = self.iterations * self.steps, self.iteration * self.steps
-        self.bar = self.opened.enter_context(progress_bar("steps", total, done))
+        total, played = self.iterations * self.steps, self.iteration * self.steps
+        self.bar = self.opened.enter_context(progress_bar("steps", total, played))
         self.wandb = None
         if self.args.track:
             import wandb  # only here, since it is slow to import
@@ -632,12 +640,12 @@ def append_rows(file, columns, rows):
     file.flush()
 
 
-def progress_bar(unit, total, done=0, disable=False):
+def progress_bar(unit, total, played=0, disable=False):
     """A bar of tqdm; where there is no terminal, a line every five seconds."""
     line = "{n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left\n"
     options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
     return tqdm(
-        total=total, initial=done, unit=f" {unit}", miniters=0, disable=disable, **options
+        total=total, initial=played, unit=f" {unit}", miniters=0, disable=disable, **options
     )
 
 
@@ -672,7 +680,7 @@ def check(args):
     ranges |= {"sticky_actions": (0, 1), "max_episode_frames": (400, math.inf)}
     for name, value in vars(args).items():
         low, high = ranges.get(name, (0, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:  # also refuses nan
+        if isinstance(value, int | float) and not low <= value <= high:  # or if nan
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
 
@@ -692,8 +700,10 @@ def check(args):
         raise UsageError("--greedy and --capture-video need --evaluate")
 
 
-def choose_device(args):
-    """The device of --device; auto: a GPU if there is one."""
+def set_up_torch(args):
+    """Sets the number of CPU threads; returns the device."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU")
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
@@ -727,7 +737,7 @@ def average(tensor):
 
 def compiled(function):
     """torch.compile of loss and backward as one graph; on a GPU with CUDA graphs."""
-    torch._dynamo.config.trace_autograd_ops = True  # else it splits at loss.backward()
+    torch._dynamo.config.trace_autograd_ops = True  # else backward gets a graph of its own
     return torch.compile(function, mode="reduce-overhead")
 
 
@@ -762,7 +772,8 @@ def main():
             train(args)
             return
         check(args)
-        scores = evaluate(load_agent(args.evaluate), args)
+        agent = load_agent(args.evaluate).to(set_up_torch(args))
+        scores = evaluate(agent, args)
         print(f"mean return {scores.mean():.6g}, standard deviation {scores.std():.6g}:")
         print(*(f"{score:.6g}" for score in scores.flatten()))
     except UsageError as error:
