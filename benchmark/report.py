@@ -28,11 +28,12 @@ FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
 NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "
 NAMES += "final speedup lines rlhf_verdict"
 FILLERS |= {name.replace("_", "-"): getattr(findings, name) for name in NAMES.split()}
-PARTS = {  # of train: its first line, and the line after it
-    "rollout": ("# 1. Rollout", "# 2. Advantages"),
-    "advantages": ("# 2. Advantages", "# 3. Update"),
-    "update": ("# 3. Update", "metrics = "),
+PARTS = {
+    "rollout": "# 1. Rollout",
+    "advantages": "# 2. Advantages",
+    "update": "# 3. Update",
 }
+PARTS_END = "check_finite(agent"  # the line after the last part of train
 
 
 def markdown(rows):
@@ -54,21 +55,18 @@ def fill(found):
 
 
 @cache
-def lines_of(name, script):
-    """First and last line of a definition, or of a part of train."""
+def places(script):
+    """{name: (first line, last line)} of all definitions, and of the parts of train."""
     source = (ROOT / script).read_text()
-    if name in PARTS:
-        lines = list(enumerate(source.splitlines(), 1))
-        start = next(i for i, line in lines if PARTS[name][0] in line)
-        end = next(i for i, line in lines if PARTS[name][1] in line and i > start)
-        return start, end - 1
-    nodes = [n for n in ast.walk(ast.parse(source)) if getattr(n, "name", None) == name]
-    assert nodes, f"{script} has no {name}"
-    return nodes[0].lineno, nodes[0].end_lineno
+    nodes = [node for node in ast.walk(ast.parse(source)) if hasattr(node, "name")]
+    found = {node.name: (node.lineno, node.end_lineno) for node in reversed(nodes)}
+    marks = [*PARTS.values(), PARTS_END]
+    starts = [source[: source.index(mark)].count("\n") + 1 for mark in marks]
+    return found | {name: (x, y - 1) for name, x, y in zip(PARTS, starts, starts[1:])}
 
 
 def link(found):
-    first, last = lines_of(found[2], found[4])
+    first, last = places(found[4])[found[2]]
     return f"[{found[1]}{found[2]}{found[3]}]({found[4]}#L{first}-L{last})"
 
 
