@@ -20,7 +20,7 @@ NAMES = dict(zip(TABLE.number, TABLE.claim))  # {number: claim}
 
 
 class Verdict(NamedTuple):
-    word: str  # depends on the task, matters, does not matter, or not settled
+    word: str
     tasks: tuple = ()  # on which it matters
     bound: float = 0.0  # of what is not settled
 

@@ -14,14 +14,12 @@ from tables import PROTOCOLS, best_published, curve, final_runs
 matplotlib.use("Agg")
 GREY = "#808080"  # reads well on white and on black
 TEXTS = "text.color axes.edgecolor axes.labelcolor axes.titlecolor xtick.color ytick.color"
-STYLE = dict.fromkeys([*TEXTS.split(), "legend.labelcolor"], GREY) | {
-    "legend.frameon": False
-}
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-plt.rcParams.update(STYLE | {"svg.hashsalt": "ppo"})
+STYLE = dict.fromkeys([*TEXTS.split(), "legend.labelcolor"], GREY)
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+plt.rcParams.update(STYLE | {"font.size": 11, "svg.hashsalt": "ppo"})
 
 
-def panels(count, size, columns=2):
+def panels(count, size, columns=3):
     """A figure of `count` axes, `size` each."""
     columns = min(count, columns)
     rows = -(-count // columns)
@@ -32,11 +30,11 @@ def panels(count, size, columns=2):
     return figure, axes.flat[:count]
 
 
-def legend(figure, axes, where="right center", columns=1):
+def legend(figure, axes, columns):
     found = {}
     for axis in axes:
         found |= dict(zip(*reversed(axis.get_legend_handles_labels())))
-    figure.legend(found.values(), found, loc=f"outside {where}", ncols=columns)
+    figure.legend(found.values(), found, loc="outside upper center", ncols=columns)
 
 
 def curves_of(runs, name="return"):
@@ -48,11 +46,8 @@ def curves_of(runs, name="return"):
 # ---------- Learning ----------
 def learning(tasks):
     """Thin: seeds; thick: interquartile mean; orange: the best published scores."""
-    figure, axes = panels(len(tasks), (2.84, 2.6), 3)
-    peers = {
-        "default": "stable-baselines3",
-        "rl-zoo3": "stable-baselines3, rl-zoo3's flags",
-    }
+    figure, axes = panels(len(tasks), (2.84, 2.6))
+    peers = {"default": "stable-baselines3", "rl-zoo3": "the same, rl-zoo3's flags"}
     for axis, task in zip(axes, tasks):
         runs = final_runs(task)
         share, curves = curves_of(runs)
@@ -71,22 +66,15 @@ def learning(tasks):
                 share, curves = curves_of(runs)
                 axis.plot(share, iqm(curves, axis=0), color=color, label=name)
         axis.set(title=task, xlabel="million steps")
-    legend(figure, axes, "upper center", 3)
+    legend(figure, axes, 3)
     return figure
 
 
 def diagnostics():
     """Columns of metrics.csv of healthy runs beside runs with ten times the learning rate."""
-    names = (
-        "return",
-        "approx_kl",
-        "clipfrac",
-        "entropy",
-        "explained_variance",
-        "grad_norm",
-    )
+    names = "return approx_kl clipfrac entropy explained_variance grad_norm".split()
     limits = {"return": (-250, 320), "explained_variance": (0, 1.05)}
-    figure, axes = panels(6, (2.84, 2.5), 3)
+    figure, axes = panels(6, (2.84, 2.5))
     for axis, name in zip(axes, names):
         for color, arm in (("C0", "healthy"), ("C1", "learning-rate-x10")):
             share, curves = curves_of(select(LUNAR, arm, "diagnostics"), name)
@@ -94,7 +82,7 @@ def diagnostics():
             axis.plot(share, np.nanmean(curves, 0), color=color, linewidth=2.5, label=arm)
         axis.set(title=name, xlabel="million steps", ylim=limits.get(name))
     axes[1].set_yscale("log")
-    legend(figure, axes, "upper center", 2)
+    legend(figure, axes, 2)
     return figure
 
 
@@ -132,29 +120,14 @@ def all_claims():
             width, size = (3, 7) if task == "all" else (1, 4)
             look = {"color": colors.get(task, GREY), "markersize": size}
             axis.plot([100 * low, 100 * high], [place, place], linewidth=width, **look)
-            name = task if task in colors else "another task"
-            axis.plot(
-                100 * effect, place, "o", label=name.replace("all", "all tasks"), **look
+            name = (
+                {"all": "all tasks"}.get(task, task) if task in colors else "another task"
             )
+            axis.plot(100 * effect, place, "o", label=name, **look)
     axis.axvline(0, color=GREY, linestyle=":")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set(ylim=(len(rows) - 0.2, -0.4), xlabel="effect, %")  # the first claim on top
-    legend(figure, [axis], "upper center", 4)
-    return figure
-
-
-def settings(arms, column, name, width=3.6, tasks=(CHEETAH, LUNAR)):
-    """Grey: each seed; blue: the mean. Arms, {setting: arm}, stand at equal distances."""
-    figure, axes = panels(len(tasks), (width, 2.8))
-    for axis, task in zip(axes, tasks):
-        found = [select(task, arm, "claims")[column] for arm in arms.values()]
-        for place, scores in enumerate(found):
-            axis.plot([place] * len(scores), scores, "o", color=GREY, markersize=3)
-        line = "o-" if name else "o"  # settings of a number are connected
-        axis.plot([scores.mean() for scores in found], line, color="C0", linewidth=2)
-        axis.set_xticks(range(len(arms)), arms)
-        axis.set(title=task, xlabel=name)
-    axes[0].set_ylabel("mean return of the run" if column == "mean_return" else "return")
+    legend(figure, [axis], 4)
     return figure
 
 
@@ -163,9 +136,8 @@ def clip():
     """The clipped objective against the ratio, for both signs of the advantage; ε = 0.2."""
     figure, axes = panels(2, (4.3, 3.4))
     ratio = np.linspace(0, 2.6, 300)
-    for axis, sign, cases, flat in zip(
-        axes, (1, -1), ("315", "426"), ((1.2, 2.6), (0, 0.8))
-    ):
+    sides = (1, "315", (1.2, 2.6)), (-1, "426", (0, 0.8))
+    for axis, (sign, cases, flat) in zip(axes, sides):
         clipped = np.minimum(sign * ratio, sign * ratio.clip(0.8, 1.2))
         axis.axvspan(*flat, color="C1", alpha=0.2, label="gradient 0")
         axis.plot(ratio, sign * ratio, color=GREY, linestyle=":", label="ρ Â")
@@ -180,32 +152,21 @@ def clip():
         axis.set(xlabel="ratio ρ", ylabel="objective", title=title)
         axis.set_ylim((-0.05, 2.9) if sign > 0 else (-2.9, 0.05))
     axes[0].plot([2.5], [1.2], "o", color="C3", label="example")
-    legend(figure, axes, "upper center", 4)
+    legend(figure, axes, 4)
     return figure
 
 
 def gae():
     """Weights (1 − λ) λ^(k−1) of the k-step advantages."""
-    figure, (axis,) = panels(1, (5.4, 3))
+    figure, axes = panels(1, (5.4, 3))
     k = np.arange(1, 31)
     for x in (0.5, 0.8, 0.9, 0.95):
-        axis.plot(k, (1 - x) * x ** (k - 1), ".-", label=f"λ = {x}")
-    axis.set(xlabel="steps k", ylabel="weight")
-    legend(figure, [axis])
+        axes[0].plot(k, (1 - x) * x ** (k - 1), ".-", label=f"λ = {x}")
+    axes[0].set(xlabel="steps k", ylabel="weight")
+    legend(figure, axes, 4)
     return figure
 
 
-EPOCHS = {n: f"plain-epochs-{n}" for n in (1, 2, 4)} | {10: "plain", 20: "plain-epochs-20"}
-LAMBDAS = {x: "base" if x == 0.95 else f"lambda-{x}" for x in (0, 0.5, 0.9, 0.95, 0.99, 1)}
-PENALTIES = {"clip": "plain"} | {f"β = {b}": f"plain-kl-penalty-{b}" for b in (0.3, 1, 3)}
-LIMITS = {"10 epochs,\nclip": "plain", "10 epochs,\nneither": "plain-no-clip"}
-LIMITS["20 epochs,\nclip"] = "plain-epochs-20"
-LIMITS["20 epochs,\nneither"] = "plain-epochs-20-no-clip"
-LIMITS["20 epochs,\nKL limit"] = "plain-epochs-20-no-clip-kl-limit"
-STEPS = {
-    x.replace(" ", "\n"): y[CHEETAH][0] for x, y in claims.comparisons("ladder").items()
-}
-STEPS = {"CleanRL's\nflags": "ladder-0"} | STEPS
 HEADLINE = ["CartPole-v1", LUNAR, CHEETAH, "Hopper-v5", "Walker2d-v5", "Breakout"]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR]
 FIGURES = {
@@ -216,11 +177,6 @@ FIGURES = {
     "diagnostics": diagnostics,
     "rlhf": rlhf,
     "claims": all_claims,
-    "claim-epochs": partial(settings, EPOCHS, "mean_return", "epochs"),
-    "claim-overfit": partial(settings, LIMITS, "score", "", 5),
-    "claim-lambda": partial(settings, LAMBDAS, "score", "λ"),
-    "claim-ladder": partial(settings, STEPS, "score", "", 8, [CHEETAH]),
-    "claim-kl-penalty": partial(settings, PENALTIES, "score", "", 4),
     "clip": clip,
     "gae": gae,
 }

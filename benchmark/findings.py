@@ -1,5 +1,7 @@
 """Tables, verdicts and single numbers for claims.md and for the prose of both READMEs."""
 
+import re
+
 import numpy as np
 import pandas as pd
 from claims import (
@@ -15,7 +17,7 @@ from claims import (
 )
 from estimates import iqm, paired_effects, summary, welch
 from results import ROOT, load
-from studies import CHEETAH, LUNAR
+from studies import CHEETAH
 from tables import CI, final_runs, number, rounds_of_speed
 
 
@@ -71,14 +73,6 @@ def ladder():
 
 
 def verdict(claim):
-    if claim == "clip-kl":
-        ratios = [*kl_ratios(CHEETAH).values(), *kl_ratios(LUNAR).values()]
-        return "holds" if 0.5 <= min(ratios) <= max(ratios) <= 2 else "does not hold"
-    if claim == "ladder":
-        clear = [
-            step for step, (*_, (low, high)) in ladder_steps().items() if low * high > 0
-        ]
-        return ", ".join(clear) or "no single step is settled"
     words = {}
     for label, (found, (word, tasks, bound), holds) in judge(claim).items():
         if holds is not None:
@@ -93,15 +87,15 @@ def verdict(claim):
 
 
 def verdicts():
-    """The claims, whose statements are the headings of claims.md."""
-    lines = (ROOT / "benchmark/claims.md").read_text().splitlines()
-    heads = dict(line[4:].split(". ", 1) for line in lines if line.startswith("### "))
-    rows, special = [], {"clip-kl": f"KL over ½ε²: {kl_range(CHEETAH)}; {kl_range(LUNAR)}"}
-    special["ladder"] = " → ".join(ladder()["mean return"])
-    for claim_number, claim in NAMES.items():
-        found = "; ".join(f"{x}: {each_task(e)}" for x, (e, _, _) in judge(claim).items())
-        found = special.get(claim, found)
-        rows.append([heads[str(claim_number)], found, verdict(claim)])
+    """Statement and verdict of each claim, as claims.md has them, with the deciding effects."""
+    text, rows = (ROOT / "benchmark/claims.md").read_text(), []
+    text = re.sub("<!-- .*? -->", "", text)
+    for section in text.split("\n### ")[1:]:
+        number, statement = section.splitlines()[0].split(". ", 1)
+        found = judge(NAMES[int(number)]).items()
+        effects = "; ".join(f"{label}: {each_task(x)}" for label, (x, _, _) in found)
+        words = re.search(r"\*\*Verdict: (.*?)\.?\*\*", section, re.S)[1]
+        rows.append([statement, effects, " ".join(words.split())])
     return pd.DataFrame(rows, columns=["claim", f"effect {CI}", "verdict"])
 
 

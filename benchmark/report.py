@@ -22,7 +22,7 @@ import pandas as pd
 import tables
 from results import RESULTS, ROOT
 
-FILES = ["README.md", "benchmark/README.md", "benchmark/claims.md"]
+FILES = ["benchmark/claims.md", "benchmark/README.md", "README.md"]
 NAMES = "results compared counts hyperparameters arms defaults tuned diagnostics speed rlhf"
 FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
 NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "

@@ -83,20 +83,6 @@ def train(run, work, threads, resume):
     return next(folder.glob("runs/*/args.json")).parent
 
 
-def flags_of(args):
-    """The flags of a run, as on the command line."""
-    words = []
-    for name, value in args.items():
-        flag = name.replace("_", "-")
-        if name in TOOLS.split():
-            continue
-        elif isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words.append(f"--{flag} {value}")
-    return " ".join(words)
-
-
 def parts_of(values):
     """Means of up to POINTS equal parts, without what is not finite."""
     bounds = np.linspace(0, len(values), min(POINTS, len(values)) + 1).round().astype(int)
@@ -112,7 +98,8 @@ def rows_of(run, run_dir):
     played = json.loads(evaluation.read_text()) if evaluation.exists() else {}
     returns, ended = episodes.episodic_return.to_numpy(), episodes.global_step.to_numpy()
     steps = int(metrics.global_step.iloc[-1])
-    row = [*run[:-1], flags_of(args), *results.made_by(run.script), args["threads"], steps]
+    flags = " ".join(f"{name}={args[name]}" for name in args if name not in TOOLS.split())
+    row = [*run[:-1], flags, *results.made_by(run.script), args["threads"], steps]
     row += [f"{metrics.seconds.max() / 60:.4g}", len(returns), returns[-100:].mean()]
     row += [returns[ended > 0.75 * steps].mean(), returns.mean()]
     row += [played.get("sampled"), played.get("greedy"), study.played or None, ""]
