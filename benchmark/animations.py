@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 AGENTS = {  # name: script, flags
     "cartpole-before": "ppo.py --total-timesteps 512",  # after one update
     "cartpole-after": "ppo.py",
-    "half-cheetah": "ppo_continuous.py --compile --env-id benchmark.animations:HalfCheetahFilm-v5",
+    "half-cheetah": "ppo_continuous.py --env-id benchmark.animations:HalfCheetahFilm-v5",
     "breakout": "ppo_atari.py --total-timesteps 1000000",
 }
 

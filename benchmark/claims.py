@@ -76,10 +76,8 @@ def first_effects(claim, same_seeds=False):
 @cache
 def fresh_seeds(task, *arms):
     """The seeds of the second round that all these arms have."""
-    found = [
-        {x.seed for x in runs("claims-2") if (x.task, x.arm) == (task, a)} for a in arms
-    ]
-    return set.intersection(*found)
+    of_task = [run for run in runs("claims-2") if run.task == task]
+    return set.intersection(*({x.seed for x in of_task if x.arm == arm} for arm in arms))
 
 
 @cache
@@ -103,10 +101,8 @@ def opposite(effects, least=0):
 
 
 def first_verdict(effects):
-    (effect, low, high), tasks = (
-        effects["all"],
-        {t: effects[t] for t in effects if t != "all"},
-    )
+    tasks = {task: found for task, found in effects.items() if task != "all"}
+    effect, low, high = effects["all"]
     clear = tuple(task for task, (_, low, high) in tasks.items() if low * high > 0)
     if opposite(tasks):
         return Verdict("depends on the task", clear)

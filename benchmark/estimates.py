@@ -12,9 +12,8 @@ def iqm(scores, axis=-1):
 def draw(samples, statistic, rng, paired=False):
     """Values of the statistic on 10,000 resamples of the seeds."""
     options = {"n_resamples": 10_000, "method": "percentile", "vectorized": True}
-    return stats.bootstrap(
-        samples, statistic, paired=paired, rng=rng, **options
-    ).bootstrap_distribution
+    found = stats.bootstrap(samples, statistic, paired=paired, rng=rng, **options)
+    return found.bootstrap_distribution
 
 
 def interval(scores, statistic=iqm):
@@ -24,13 +23,9 @@ def interval(scores, statistic=iqm):
 
 def summary(scores):
     """Mean, standard deviation and number of seeds; a single one counts as exact."""
-    scores = np.array(scores)
-    single = len(scores) == 1
-    return (
-        scores.mean(),
-        0.0 if single else scores.std(ddof=1),
-        2 if single else len(scores),
-    )
+    if len(scores) == 1:
+        return np.mean(scores), 0.0, 2
+    return np.mean(scores), np.std(scores, ddof=1), len(scores)
 
 
 def welch(x, y):
@@ -80,9 +75,7 @@ def paired_effects(scores, random, level=0.95):
         freedoms.append(len(differences) - 1)
     of_tasks = zip(means, variances, freedoms)
     effects = {task: (x[0], *t_interval(*x, level)) for task, x in zip(scores, of_tasks)}
-    shares = (
-        np.array(variances) / len(scores) ** 2
-    )  # of the variance of the mean over tasks
+    shares = np.array(variances) / len(scores) ** 2  # in that of the mean over tasks
     freedom = shares.sum() ** 2 / max((shares**2 / freedoms).sum(), 1e-300)
     mean = np.mean(means)
     return effects | {"all": (mean, *t_interval(mean, shares.sum(), freedom, level))}

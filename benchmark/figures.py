@@ -120,9 +120,7 @@ def all_claims():
             width, size = (3, 7) if task == "all" else (1, 4)
             look = {"color": colors.get(task, GREY), "markersize": size}
             axis.plot([100 * low, 100 * high], [place, place], linewidth=width, **look)
-            name = (
-                {"all": "all tasks"}.get(task, task) if task in colors else "another task"
-            )
+            name = task if task in colors else "another task"
             axis.plot(100 * effect, place, "o", label=name, **look)
     axis.axvline(0, color=GREY, linestyle=":")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])

@@ -49,9 +49,8 @@ def effects(claim):
                 found = paired_effects(scores, random_returns())
                 row[1:] = ["", each_task(found), interval(*found["all"])]
             rows.append(row)
-    return pd.DataFrame(
-        rows, columns=["comparison", "each task", "same seeds", "all tasks"]
-    )
+    columns = ["comparison", "each task", "same seeds", "all tasks"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def ladder_steps():
@@ -95,7 +94,7 @@ def verdicts():
         found = judge(NAMES[int(number)]).items()
         effects = "; ".join(f"{label}: {each_task(x)}" for label, (x, _, _) in found)
         words = re.search(r"\*\*Verdict: (.*?)\.?\*\*", section, re.S)[1]
-        rows.append([statement, effects, " ".join(words.split())])
+        rows.append([statement, effects, re.sub("[ \n]+", " ", words)])
     return pd.DataFrame(rows, columns=["claim", f"effect {CI}", "verdict"])
 
 
@@ -128,9 +127,8 @@ def final(task, column):
 
 
 def speedup(script, program, machine=""):
-    rounds = next(
-        x for name, x in rounds_of_speed(script).items() if name.startswith(machine)
-    )
+    found = rounds_of_speed(script)
+    rounds = next(found[name] for name in found if name.startswith(machine))
     return f"{(rounds[program] / rounds['stable-baselines3']).median():.1f}"
 
 
@@ -140,10 +138,8 @@ def lines(script):
 
 def rlhf_verdict(part=None):
     """Applies the rule of the study, for one of its three parts or for all."""
-    table = load("rlhf")
-    reference, none, *others = [
-        table[table.beta == beta] for beta in ("reference", "0", "0.1", "0.3", "1", "3")
-    ]
+    table, betas = load("rlhf"), ("reference", "0", "0.1", "0.3", "1", "3")
+    reference, none, *others = [table[table.beta == beta] for beta in betas]
 
     def sign(x, y):
         """Of the difference of means; 0 if its 95 % interval holds 0."""

@@ -18,7 +18,6 @@ from functools import cache
 
 import figures
 import findings
-import pandas as pd
 import tables
 from results import RESULTS, ROOT
 
@@ -28,23 +27,19 @@ FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
 NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "
 NAMES += "final speedup lines rlhf_verdict"
 FILLERS |= {name.replace("_", "-"): getattr(findings, name) for name in NAMES.split()}
-PARTS = {
+PARTS = {  # of train: where each begins, and what follows the last one
     "rollout": "# 1. Rollout",
     "advantages": "# 2. Advantages",
     "update": "# 3. Update",
+    "": "check_finite(agent",
 }
-PARTS_END = "check_finite(agent"  # the line after the last part of train
 
 
-def markdown(rows):
-    """Rows, dicts of column: text, as a table."""
-    table = pd.DataFrame(rows).fillna("").astype(str)
-    cells = [list(table), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return (
-        "\n".join(f"| {' | '.join(row)} |" for row in cells)
-        if len(table)
-        else "No runs yet."
-    )
+def markdown(table):
+    """A DataFrame as a table."""
+    cells = table.fillna("").astype(str).to_numpy().tolist()
+    rows = [list(table.columns), ["---"] * table.shape[1], *cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if cells else "No runs yet."
 
 
 def fill(found):
@@ -60,8 +55,7 @@ def places(script):
     source = (ROOT / script).read_text()
     nodes = [node for node in ast.walk(ast.parse(source)) if hasattr(node, "name")]
     found = {node.name: (node.lineno, node.end_lineno) for node in reversed(nodes)}
-    marks = [*PARTS.values(), PARTS_END]
-    starts = [source[: source.index(mark)].count("\n") + 1 for mark in marks]
+    starts = [source[: source.index(mark)].count("\n") + 1 for mark in PARTS.values()]
     return found | {name: (x, y - 1) for name, x, y in zip(PARTS, starts, starts[1:])}
 
 
@@ -90,24 +84,20 @@ def fingerprint(figure):
 def main():
     check, stale = "--check" in sys.argv, []
     for file in FILES:
-        old = (ROOT / file).read_text()
-        text = render(old)
-        if text != old:
+        path = ROOT / file
+        old = path.read_text()
+        if (text := render(old)) != old:
             stale.append(file)
             if not check:
-                (ROOT / file).write_text(text)
+                path.write_text(text)
     for name, draw in figures.FIGURES.items():
-        path = RESULTS / f"{name}.svg"
-        figure = draw()
+        path, figure = RESULTS / f"{name}.svg", draw()
         mark = f"data {fingerprint(figure)}"
         if not path.exists() or mark not in path.read_text():
-            stale.append(f"benchmark/results/{name}.svg")
+            stale.append(path.name)
             if not check:
-                options = {
-                    "transparent": True,
-                    "metadata": {"Date": None, "Description": mark},
-                }
-                figure.savefig(path, **options)
+                metadata = {"Date": None, "Description": mark}
+                figure.savefig(path, transparent=True, metadata=metadata)
         figures.plt.close(figure)
     if check and stale:
         sys.exit(f"Out of date: {', '.join(stale)}. Run: python benchmark/report.py")

@@ -15,19 +15,9 @@ import pandas as pd
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MADE_BY = ["commit", "python", "torch", "gymnasium", "cpu"]
-COLUMNS = [
-    "study",
-    "task",
-    "arm",
-    "seed",
-    "script",
-    "variation",
-    "flags",
-    *MADE_BY,
-    "threads",
-]
-COLUMNS += ["steps", "minutes", "episodes", "score", "last_quarter", "mean_return"]
-COLUMNS += ["sampled", "greedy", "played", "note"]
+COLUMNS = ["study", "task", "arm", "seed", "script", "variation", "flags", *MADE_BY]
+COLUMNS += ["threads", "steps", "minutes", "episodes", "score", "last_quarter"]
+COLUMNS += ["mean_return", "sampled", "greedy", "played", "note"]
 CURVE_COLUMNS = ["task", "arm", "seed", "metric", "points"]
 
 

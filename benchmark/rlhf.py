@@ -61,9 +61,8 @@ gym.register("ProxyLander-v0", ProxyLander, max_episode_steps=1000)
 def measure(run_dir, reference_dir):
     """100 episodes of LunarLander: KL(π ‖ π_ref), proxy and true return per episode."""
     agent, reference = ppo.load_agent(run_dir), ppo.load_agent(reference_dir)
-    envs, obs = ppo.start_envs(
-        ppo.Args(env_id="LunarLander-v3", num_envs=20, seed=12345), 0
-    )
+    args = ppo.Args(env_id="LunarLander-v3", num_envs=20, seed=12345)
+    envs, obs = ppo.start_envs(args, 0)
     sums, finished, reset = np.zeros((3, 20)), [[] for _ in range(20)], np.zeros(20, bool)
     while min(map(len, finished)) < 5:
         observed = torch.as_tensor(obs, dtype=torch.float32)
@@ -91,12 +90,8 @@ def main():
         if (str(beta), seed) not in done:
             run_dir = reference
             if beta != "reference":
-                task = {
-                    "env_id": "ProxyLander-v0",
-                    "reference": str(reference),
-                    "kl_coef": beta,
-                }
-                run_dir = ppo.train(ppo.Args(seed=seed, **task, **FLAGS))
+                flags = FLAGS | {"reference": str(reference), "kl_coef": beta, "seed": seed}
+                run_dir = ppo.train(ppo.Args(env_id="ProxyLander-v0", **flags))
             row = [beta, seed, *results.made_by("ppo.py"), *measure(run_dir, reference)]
             results.append("rlhf.csv", COLUMNS, [row])
 

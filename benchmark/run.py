@@ -142,9 +142,8 @@ def play_randomly(task, episodes=100):
             _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
             returns[episode] += reward
             done = terminated or truncated
-    results.append(
-        "random.csv", ["task", "episodes", "mean"], [[task, episodes, returns.mean()]]
-    )
+    row = [task, episodes, returns.mean()]
+    results.append("random.csv", ["task", "episodes", "mean"], [row])
 
 
 def main():
@@ -154,13 +153,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], help="only runs with such names"
-    )
+    parser.add_argument("--only", nargs="+", default=["*"], help="only such names")
     parser.add_argument("--resume", action="store_true", help="continue interrupted runs")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print a command for each run"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only print commands")
     work = ROOT / "runs" / "benchmark"
     parser.add_argument("--work", type=Path, default=work, help="unfinished runs")
     args = parser.parse_args()
@@ -174,10 +169,8 @@ def main():
         command = f"python benchmark/run.py {args.study} --jobs 1 --resume --only"
         print("\n".join(f"{command} '{name_of(run)}'" for run in todo))
         return
-    os.environ |= {
-        "OMP_NUM_THREADS": str(args.threads),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = {pool.submit(execute, run, args): name_of(run) for run in todo}
         for count, job in enumerate(as_completed(jobs), 1):

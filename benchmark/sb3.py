@@ -12,7 +12,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -51,10 +50,8 @@ def main():
     envs = VecNormalize(envs, gamma=options.get("gamma", 0.99))
     model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu", **options)
     model.learn(args.total_timesteps)
-    returns, lengths, _ = np.genfromtxt(
-        run_dir / "0.monitor.csv", delimiter=",", skip_header=2, unpack=True
-    )
-    episodes = {"global_step": lengths.cumsum().astype(int), "episodic_return": returns}
+    monitor = pd.read_csv(run_dir / "0.monitor.csv", skiprows=1)
+    episodes = {"global_step": monitor.l.cumsum(), "episodic_return": monitor.r}
     pd.DataFrame(episodes).to_csv(run_dir / "episodes.csv")
     seconds = time.perf_counter() - began
     metrics = {"global_step": [args.total_timesteps], "seconds": [seconds]}

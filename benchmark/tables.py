@@ -1,6 +1,5 @@
 """Tables of the results, as report.py fills them in: each function returns a DataFrame."""
 
-import re
 from functools import cache
 from itertools import product
 
@@ -42,12 +41,12 @@ def middle(scores):
     if len(scores) == 0:
         return ""
     digits = 1 if abs(scores.mean()) < 500 else 0
-    low_high = [number(x, digits) for x in interval(scores)] if len(scores) > 2 else []
-    text = f"**{number(iqm(scores), digits)}**" + (
-        f" [{', '.join(low_high)}]" if low_high else ""
-    )
-    each = ", ".join(number(x, digits) for x in scores)
-    return f"{text} ({each})" if len(scores) in (2, 3) else text
+    text = f"**{number(iqm(scores), digits)}**"
+    if len(scores) > 2:
+        text += " [{}, {}]".format(*(number(x, digits) for x in interval(scores)))
+    if len(scores) in (2, 3):
+        text += f" ({', '.join(number(x, digits) for x in scores)})"
+    return text
 
 
 # ---------- Results ----------
@@ -59,10 +58,9 @@ def final_runs(task, arm="default"):
         found = select(task, arm, "ppo", "continuous", "atari")
     if found.empty and chosen and (chosen == "default") == (arm == "default"):
         found = select(task, chosen, "tuned", seeds=range(6, 11))
-    short = (
-        found.variation == "short_episodes"
-    ).any()  # whose training returns are of parts
-    return found.assign(score=np.nan) if short else found
+    if (found.variation == "short_episodes").any():  # their training returns are of parts
+        found = found.assign(score=np.nan)
+    return found
 
 
 def all_final_runs():
@@ -93,11 +91,8 @@ def results(*tasks):
     for name, found in all_final_runs():
         if not tasks or name.removesuffix(" \\*") in tasks:
             of = {protocol: scores(found, protocol) for protocol in PROTOCOLS}
-            row = {
-                "task": name,
-                "steps": f"{found.steps.max() / 1e6:.1f}M",
-                "seeds": len(found),
-            }
+            row = {"task": name, "steps": f"{found.steps.max() / 1e6:.1f}M"}
+            row["seeds"] = len(found)
             row |= {f"training: interquartile mean {CI}": middle(of["training"])}
             row |= {"mean ± std": spread(of["training"]), "sampled": spread(of["sampled"])}
             row |= {"greedy": spread(of["greedy"]), "best evaluation": spread(of["best"])}
@@ -143,10 +138,9 @@ def counts(arm):
     table = compared()
     table = table[table.task.str.contains(", tuned") == (arm == "tuned")]
     words = table["ours is"].str.split(",").str[0]
-    text = lambda tasks: (
-        f"{len(tasks)}: " + ", ".join(re.sub(r" \\\*|, tuned", "", task) for task in tasks)
-    )
-    counted = table.groupby(["protocol", words], sort=False).task.agg(text).unstack()
+    names = table.task.str.replace(r" \\\*|, tuned", "", regex=True)
+    text = lambda found: f"{len(found)}: {', '.join(found)}"
+    counted = names.groupby([table.protocol, words], sort=False).agg(text).unstack()
     order = [word for word in ("ahead", "level", "behind") if word in counted]
     return counted.reindex(PROTOCOLS)[order].dropna(how="all").fillna("0").reset_index()
 
@@ -167,10 +161,8 @@ def arms(study, column="score"):
 
 def defaults():
     """The rule for the defaults: candidates over today's, seed by seed, averaged over tasks."""
-    table, rows = (
-        load("defaults").pivot(index="seed", columns=["arm", "task"], values="score"),
-        [],
-    )
+    rows, runs_of = [], load("defaults")
+    table = runs_of.pivot(index="seed", columns=["arm", "task"], values="score")
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):
         ratios = (table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
         if len(ratios) > 1:
@@ -222,9 +214,7 @@ def speed(script):
     for machine, rounds in rounds_of_speed(script).items():
         table = pd.DataFrame({"steps per second": rounds.median().map("{:,.0f}".format)})
         table.insert(0, "machine", machine)
-        other = rounds.columns.str.contains(
-            "num-envs|own defaults"
-        )  # other hyperparameters
+        other = rounds.columns.str.contains("num-envs|own defaults")  # not the same flags
         for peer in rounds.columns.intersection(["stable-baselines3", "CleanRL", "SBX"]):
             ratios = rounds.loc[:, ~other].drop(columns=peer).div(rounds[peer], axis=0)
             text = lambda x: f"**{x.median():.2f}** ({x.min():.2f}–{x.max():.2f})"
@@ -236,6 +226,5 @@ def speed(script):
 def rlhf():
     table = load("rlhf").groupby("beta")
     table = table[["kl", "proxy", "true"]].agg(spread).reset_index()
-    return table.set_axis(
-        ["β", "KL to the reference", "proxy return", "true return"], axis=1
-    )
+    columns = ["β", "KL to the reference", "proxy return", "true return"]
+    return table.set_axis(columns, axis=1)

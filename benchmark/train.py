@@ -25,9 +25,8 @@ def main():
         saved, checkpoint = script.load_run(args.resume)
         args, done = replace(saved, resume=args.resume), checkpoint["iteration"]
     iterations = args.total_timesteps // (args.num_envs * args.num_steps)
-    milestones = {
-        iterations * i // int(evaluations): i for i in range(1, int(evaluations) + 1)
-    }
+    numbers = range(1, int(evaluations) + 1)
+    milestones = {iterations * i // len(numbers): i for i in numbers}
     file = Path(args.runs_dir) / "evaluation.json"
     means = json.loads(file.read_text()) if file.exists() else {}
 
