@@ -1,9 +1,6 @@
-"""Makes the animations of the README: agents of the scripts, filmed by --evaluate.
+"""Makes the animations of the README: trains agents, films them, writes results/NAME.gif.
 
-    python benchmark/animations.py    # MuJoCo without a display: MUJOCO_GL=egl before it
-
-Needs moviepy. Trains what is missing in runs/animations/, films an episode of each agent, or
-ten short ones, and writes the first six seconds to results/NAME.gif.
+python benchmark/animations.py    # MuJoCo without a display: MUJOCO_GL=egl before it
 """
 
 import subprocess
@@ -11,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+from moviepy import VideoFileClip, concatenate_videoclips
 
 # The same environment, with a camera that follows: gymnasium's own loses a fast agent.
 HALF_CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
@@ -27,8 +25,6 @@ AGENTS = {  # name: script, flags
 
 
 def main():
-    from moviepy import VideoFileClip, concatenate_videoclips
-
     for name, command in AGENTS.items():
         folder, (script, *flags) = ROOT / "runs" / "animations" / name, command.split()
         python = [sys.executable, ROOT / script]

@@ -1,7 +1,7 @@
 """Effects and verdicts for the claims of claims.md, which states the rules.
 
-claims.csv has the comparisons. Those that predict something decide a claim, the others explain.
-The first round of runs has seeds 1 to 20, the second one, studies.py's claims-2, from 21 on.
+claims.csv has the comparisons: those that predict something decide a claim. The first round
+of runs has seeds 1 to 20, the second one, claims-2 of studies.py, seeds from 21 on.
 """
 
 from functools import cache
@@ -130,8 +130,8 @@ def second_verdict(scores, random):
 
 @cache
 def judge(claim):
-    """{comparison that decides the claim: (effects, verdict, whether it is as predicted)}, by
-    the second round where it is complete. Whether: None if it is open."""
+    """{comparison that decides the claim: (effects, verdict, whether as predicted)}, by the
+    second round where that is complete. Whether: None if it is open."""
     judged = {}
     for label, tasks in comparisons(claim).items():
         predicts = {task: predicted for task, (*_, predicted) in tasks.items() if predicted}

@@ -46,9 +46,9 @@ def t_interval(mean, variance, freedom, level):
 def drawn_effects(scores, random, paired=False):
     """(mean of the arm − of the base) / (mean of the reference − random policy's return).
 
-    scores: {task: (arm, base, reference)}; random: {task: return} → {task or "all": (effect,
-    low, high)}, with 95 % bootstrap intervals; "all" is the plain mean over tasks. A base that is
-    the reference, too, is resampled once. paired: the same seeds of all three."""
+    scores: {task: (arm, base, reference)}, random: {task: return} → {task: (effect, low,
+    high)} with 95 % bootstrap intervals, and "all": the plain mean over tasks. A base that
+    is the reference, too, is resampled once. paired: the same seeds of all three."""
     effects, draws, rng = {}, [], np.random.default_rng(0)
     for task, (arm, base, reference) in scores.items():
 
@@ -65,8 +65,8 @@ def drawn_effects(scores, random, paired=False):
 
 
 def paired_effects(scores, random, level=0.95):
-    """Mean difference of arm and base with the same seed, over the base's gain over a random
-    policy, with t intervals. scores: {task: (arm, base)}, by seed → as `drawn_effects`."""
+    """Mean difference of arm and base with the same seed, over the base's gain over a
+    random policy, with t intervals. scores: {task: (arm, base)} → like drawn_effects."""
     means, variances, freedoms = [], [], []
     for task, (arm, base) in scores.items():
         differences = (arm - base) / (base.mean() - random[task])

@@ -71,7 +71,7 @@ def learning(tasks):
 
 
 def diagnostics():
-    """Columns of metrics.csv of healthy runs beside runs with ten times the learning rate."""
+    """Metrics of healthy runs beside those of runs with ten times the learning rate."""
     names = "return approx_kl clipfrac entropy explained_variance grad_norm".split()
     limits = {"return": (-250, 320), "explained_variance": (0, 1.05)}
     figure, axes = panels(6, (2.84, 2.5))
@@ -107,7 +107,7 @@ def rlhf():
 
 # ---------- Claims ----------
 def all_claims():
-    """The comparisons that decide the claims: effect and interval, of all tasks and of each."""
+    """The comparisons that decide the claims: effects and intervals."""
     rows = []
     for number, claim in claims.NAMES.items():
         for label, (effects, _, _) in claims.judge(claim).items():

@@ -1,12 +1,11 @@
 """Fills the numbers, tables and links of the texts from the results, and draws the figures.
 
-    python benchmark/report.py           # rewrites the texts and the figures that have changed
+    python benchmark/report.py           # rewrites texts and figures that have changed
     python benchmark/report.py --check   # only says which are out of date
 
-The texts have markers: what stands between <!-- name arguments --> and <!-- end --> is what the
-function FILLERS[name] returns: a table in lines of their own, or a number within a line. A link
-from a name to a script, like [`Agent`](ppo.py#L1-L2), gets the lines of that definition;
-[rollout], [advantages] and [update] get those of the parts of `train`.
+Between markers <!-- name arguments --> and <!-- end --> comes what FILLERS[name] returns: a
+table, or a number within a line. A link from a name to a script, [`Agent`](ppo.py#L1-L2), gets
+the lines of that definition; [rollout], [advantages] and [update] those of the loop's parts.
 """
 
 import ast
@@ -73,8 +72,8 @@ def fingerprint(figure):
     """A hash of what is drawn, kept in the picture: so --check need not draw it."""
     drawn = []
     for axis in figure.axes:
-        drawn += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()]
-        drawn += [text.get_text() for text in axis.texts]
+        texts = [text.get_text() for text in axis.texts]
+        drawn += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), texts]
         for line in axis.lines:
             points = [f"{x:.5g}" for x in line.get_xydata().flatten()]
             drawn += [line.get_label(), line.get_color(), line.get_linewidth(), points]

@@ -65,7 +65,7 @@ def append(name, columns, rows):
 
 
 def made_by(script):
-    """The commit that last changed the script, + if it has been changed since; versions; CPU."""
+    """The commit that last changed the script, + if it was changed since; versions; CPU."""
     git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True)
     commit = git("log", "-1", "--format=%h", "--", script).stdout.decode().strip()
     changed = git("diff", "--quiet", "HEAD", "--", script).returncode == 1

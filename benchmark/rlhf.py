@@ -1,10 +1,10 @@
-"""Reinforcement learning from human feedback in miniature: a KL penalty against gaming a proxy.
+"""RLHF in miniature: does a KL penalty keep an agent from gaming a proxy of the reward?
 
     python benchmark/rlhf.py    # runs what results/rlhf.csv lacks, one after the other
 
-A half-trained LunarLander agent is the reference. `ppo.py --reference` fine-tunes it on a proxy
-of the true reward: the true one plus BONUS for every step near the pad. The rule of the verdict
-was fixed before the runs; README.md beside this file has it.
+A half-trained LunarLander agent is the reference. `ppo.py --reference` fine-tunes it on a
+proxy of the true reward: the true one plus BONUS for every step near the pad. The rule of
+the verdict was fixed before the runs; README.md beside this file has it.
 """
 
 import sys
@@ -39,7 +39,7 @@ FLAGS |= {
 
 
 def near_the_pad(obs):
-    """Whether a lander (..., 8) is within 0.3 of the middle, less than 0.5 above the ground."""
+    """Whether landers (..., 8) are within 0.3 of the middle, less than 0.5 above ground."""
     return (np.abs(obs[..., 0]) < 0.3) & (obs[..., 1] < 0.5)
 
 

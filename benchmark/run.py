@@ -1,15 +1,15 @@
 """Runs what studies.py declares and results/ lacks, and appends a row a run.
 
-    python benchmark/run.py results                        # every run that has no row yet
-    python benchmark/run.py results --jobs 8 --seeds 21    # eight at a time, only one seed
-    python benchmark/run.py results --only 'Hopper*'       # runs whose names match
-    python benchmark/run.py results --resume               # also continue what was interrupted
-    python benchmark/run.py results --dry-run              # a command a line, for a job array
-    python benchmark/run.py random                         # random policies, for the claims
+    python benchmark/run.py results                      # every run that has no row yet
+    python benchmark/run.py results --jobs 8 --seeds 21  # eight at a time, only one seed
+    python benchmark/run.py results --only 'Hopper*'     # runs whose names match
+    python benchmark/run.py results --resume             # continue what was interrupted
+    python benchmark/run.py results --dry-run            # commands, for a job array
+    python benchmark/run.py random                       # random policies, for the claims
 
-A run trains in --work, with the patch of its variation applied to a copy of the script. Then its
-curves are appended to results/STUDY.curves.csv, its row to results/STUDY.csv, and its directory
-is deleted. Delete a row to make a run again. Afterwards: python benchmark/report.py.
+A run trains in --work, with the patch of its variation applied to a copy of the script. Then
+its curves are appended to results/STUDY.curves.csv, its row to results/STUDY.csv, and its
+directory is deleted. Delete a row to make a run again. Afterwards: benchmark/report.py.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def patched(script, variation, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(
-            f"{patch.name} does not fit {script}. {done.stdout} To renew it, make its change in "
-            f"{script}, put `git diff {script}` below its first lines, and undo the change."
+            f"{patch.name} does not fit {script}: {done.stdout}\nTo renew it, make its change "
+            f"there, put `git diff {script}` below its first lines, and undo the change."
         )
     return folder / script
 

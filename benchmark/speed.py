@@ -20,7 +20,11 @@ from datetime import date
 from pathlib import Path
 
 import pandas as pd
+import results
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 HERE = Path(__file__).parent
 STEPS = {  # all of them, and those not counted
@@ -32,29 +36,10 @@ THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
 SAME = (
     "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None --clip-vloss"
 )
-RUNS = {  # program: flags, steps
-    "ppo": {
-        "ppo.py": ("", 100_000),
-        "ppo.py --compile": ("--compile", 100_000),
-        "ppo.py --vectorization-mode sync": ("--vectorization-mode sync", 100_000),
-        "ppo.py --num-envs 32": ("--num-envs 32", 800_000),
-    },
-    "ppo_continuous": {  # to the end by default: the KL limit acts in the later updates
-        "ppo_continuous.py": (SAME, 61_440),
-        "ppo_continuous.py --compile": (f"{SAME} --compile", 61_440),
-        "ppo_continuous.py, its own defaults": ("", 1_000_000),
-        "ppo_continuous.py --compile, its own defaults": ("--compile", 1_000_000),
-    },
-    "ppo_atari": {
-        "ppo_atari.py": ("", 20_480),
-        "ppo_atari.py --compile": ("--compile", 20_480),
-        "ppo_atari.py --bf16 off": ("--bf16 off", 20_480),
-    },
-}
-OPTIONS = {  # the same for stable-baselines3 and SBX
-    "ppo": {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01},
-    "ppo_continuous": {"n_steps": 2048, "batch_size": 64, "n_epochs": 10},
-    "ppo_atari": {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01},
+RUNS = {  # flags of our script
+    "ppo": ["", "--compile", "--vectorization-mode sync", "--num-envs 32"],
+    "ppo_continuous": ["", "--compile"],
+    "ppo_atari": ["", "--compile", "--bf16 off"],
 }
 COLUMNS = "script cpu cores torch date round program steps_per_second".split()
 
@@ -90,53 +75,55 @@ def peer(package, script, python=sys.executable):
     return float(output_of(python, "-c", code))
 
 
+class Clock(BaseCallback):
+    """Begins with the first rollout after so many steps."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps, self.began = steps, None
+
+    def _on_rollout_start(self):
+        if self.began is None and self.num_timesteps >= self.steps:
+            self.began, self.first = time.perf_counter(), self.num_timesteps
+
+    def _on_step(self):
+        return True
+
+
 def train_peer(package, script):
     """Prints the steps per second of the package's PPO."""
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
-
-    class Clock(BaseCallback):
-        began = None
-
-        def _on_rollout_start(self):
-            if self.began is None and self.num_timesteps >= STEPS[script][1]:
-                self.began, self.first = time.perf_counter(), self.num_timesteps
-
-        def _on_step(self):
-            return True
-
     torch.set_num_threads(THREADS[script])
-    policy, rate, clip, critic = "MlpPolicy", 2.5e-4, 0.2, [64, 64]
+    policy, rate, clip, sizes = "MlpPolicy", 2.5e-4, 0.2, {"pi": [64, 64], "vf": [64, 64]}
+    options = {
+        "n_steps": 128,
+        "batch_size": 128,
+        "n_epochs": 4,
+        "ent_coef": 0.01,
+        "seed": 1,
+    }
     if script == "ppo":
         envs = make_vec_env("CartPole-v1", 4)
     elif script == "ppo_continuous":
         envs, rate = VecNormalize(make_vec_env("HalfCheetah-v5", 1)), 3e-4
-        critic = [256, 256]
+        options |= {"n_steps": 2048, "batch_size": 64, "n_epochs": 10, "ent_coef": 0.0}
+        sizes["vf"] = [256, 256]
     else:
         import ale_py  # noqa: F401, registers the games
 
         envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8), 4)
-        policy, clip = "CnnPolicy", 0.1
-    options = OPTIONS[script] | {
-        "learning_rate": lambda left: rate * left,
-        "clip_range": clip,
-    }
+        policy, clip, options["batch_size"] = "CnnPolicy", 0.1, 256
     if policy == "MlpPolicy":
-        options["policy_kwargs"] = {"net_arch": {"pi": [64, 64], "vf": critic}}
+        options["policy_kwargs"] = {"net_arch": sizes}
+    options |= {"learning_rate": lambda left: rate * left, "clip_range": clip}
     if package == "stable_baselines3":  # SBX does not clip the value loss
         options |= {"clip_range_vf": clip, "device": "cpu"}
-    model, clock = (
-        importlib.import_module(package).PPO(policy, envs, seed=1, **options),
-        Clock(),
-    )
+    algorithm, clock = importlib.import_module(package).PPO, Clock(STEPS[script][1])
+    model = algorithm(policy, envs, **options)
     model.learn(STEPS[script][0], callback=clock)
     print((model.num_timesteps - clock.first) / (time.perf_counter() - clock.began))
 
 
 def main():
-    import results
-
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("script", choices=STEPS)
@@ -144,11 +131,18 @@ def main():
     parser.add_argument("--sbx", metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    script = args.script
+    script, steps = args.script, STEPS[args.script][0]
+    same = SAME if script == "ppo_continuous" else ""
     os.environ["OMP_NUM_THREADS"] = str(THREADS[script])
     where = [f"{script}.py", results.cpu(), os.cpu_count(), torch.__version__, date.today()]
     for turn in range(1, args.rounds + 1):
-        found = {name: ours(script, *run) for name, run in RUNS[script].items()}
+        found = {}
+        for flags in RUNS[script]:
+            name = f"{script}.py {flags}".strip()
+            count = 8 * steps if "--num-envs" in flags else steps
+            found[name] = ours(script, f"{same} {flags}", count)
+            if same:  # a whole training, since the KL limit acts in the later updates
+                found[f"{name}, its own defaults"] = ours(script, flags, 1_000_000)
         found["stable-baselines3"] = peer("stable_baselines3", script)
         if args.cleanrl:
             found["CleanRL"] = cleanrl(script, *args.cleanrl)

@@ -1,7 +1,7 @@
 """What to run: each study is blocks of tasks × arms × seeds. run.py runs what is missing.
 
-The rules that judge a study are committed before its first run: in README.md beside this file
-for "defaults" and "tuned", in claims.md for "claims" and "claims-2".
+The rules that judge a study are committed before its first run: in README.md beside this
+file for "defaults" and "tuned", in claims.md for "claims" and "claims-2".
 """
 
 import csv
@@ -74,8 +74,8 @@ WALKER = {"BipedalWalker-v3": f"{CONTINUOUS} --total-timesteps 2000000"}
 ATARI = dict.fromkeys(["Pong", "Breakout", "BeamRider"], "ppo_atari.py")
 
 # ---------- Tuned flags ----------
-# rl-zoo3: its hyperparams/ppo.yml, as far as there are such flags. Its value loss has no 1/2, so
-# its coefficient of 0.696 is 1.392 here; a minibatch of 512 is more than 128 rows: one.
+# rl-zoo3: its hyperparams/ppo.yml, as far as there are such flags. Its value loss has no ½,
+# so a coefficient of 0.696 is 1.392 here; a minibatch of 512 is more than 128 rows: one.
 PENDULUM_FLAGS = "--gamma 0.9 --learning-rate 1e-3 --num-envs 4 --num-steps 1024 "
 PENDULUM_FLAGS += "--num-minibatches 64"
 SWIMMER_FLAGS = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
@@ -116,9 +116,10 @@ for task, name, arm in CANDIDATES:
         TUNED.append(Block(pick(task, TUNED_TASKS), {name: arm}, range(6, 11)))
         RESULTS.append(Block(pick(task, TUNED_TASKS), {"tuned": arm}, range(21, 31)))
 
-# ---------- Claims: arms.csv has the flags of each arm, and its seeds on each task ----------
-# Arms "plain" have neither KL limit nor value clip, which could make up for what is switched
-# off. Those of the ladder each change one thing more, from CleanRL's flags to the defaults.
+# ---------- Claims ----------
+# arms.csv has the flags of each arm, and its seeds on each task. "plain": neither KL limit
+# nor value clip, which could make up for what is switched off. The ladder's arms change one
+# thing after another, from CleanRL's flags to the defaults.
 CLAIMS_TASKS = {
     CHEETAH: f"{CONTINUOUS} --compile --total-timesteps 300000",
     LUNAR: DISCRETE[LUNAR].replace("ppo.py", "ppo.py --compile"),

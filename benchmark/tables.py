@@ -37,7 +37,7 @@ def with_count(scores):
 
 
 def middle(scores):
-    """Interquartile mean and its interval; each seed's score where there are two or three."""
+    """Interquartile mean and its interval; each seed's score where they are few."""
     if len(scores) == 0:
         return ""
     digits = 1 if abs(scores.mean()) < 500 else 0
@@ -51,8 +51,8 @@ def middle(scores):
 
 # ---------- Results ----------
 def final_runs(task, arm="default"):
-    """The runs that count for a task with default or tuned flags: those of the study "results",
-    where it has any, else older ones."""
+    """The runs that count for a task with default or tuned flags: those of the study
+    "results", where it has any, else older ones."""
     found, chosen = select(task, arm, "results"), CHOSEN.get(task)
     if found.empty and arm == "default":
         found = select(task, arm, "ppo", "continuous", "atari")
@@ -160,7 +160,7 @@ def arms(study, column="score"):
 
 
 def defaults():
-    """The rule for the defaults: candidates over today's, seed by seed, averaged over tasks."""
+    """Candidates over today's default, seed by seed, averaged over tasks."""
     rows, runs_of = [], load("defaults")
     table = runs_of.pivot(index="seed", columns=["arm", "task"], values="score")
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):

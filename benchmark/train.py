@@ -1,9 +1,9 @@
-"""Trains one of the scripts, or a patched copy of it, and evaluates the agent: used by run.py.
+"""Trains one of the scripts, or a patched copy, and evaluates the agent: used by run.py.
 
-    python benchmark/train.py ppo.py 10 100 --env-id CartPole-v1    # the script's flags last
+    python benchmark/train.py ppo.py 10 100 --env-id CartPole-v1  # the script's flags last
 
-Evaluates the agent so many times on the way (here 10), ten episodes each with sampled actions,
-and the finished agent in so many episodes (here 100), with sampled and with greedy actions.
+Evaluates the agent so many times on the way (here 10), ten episodes each with sampled
+actions, and the finished agent in so many episodes (here 100), sampled and greedy.
 Training is the same with and without. Leaves mean returns in RUNS_DIR/evaluation.json.
 """
 
