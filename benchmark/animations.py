@@ -10,18 +10,17 @@ from pathlib import Path
 import gymnasium as gym
 from moviepy import VideoFileClip, concatenate_videoclips
 
-# The same environment, with a camera that follows: gymnasium's own loses a fast agent.
-HALF_CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
-FILM = {"max_episode_steps": 1000, "kwargs": {"camera_name": "track"}}
-gym.register("HalfCheetahFilm-v5", HALF_CHEETAH, **FILM)
-
 ROOT = Path(__file__).parents[1]
-AGENTS = {  # name: script, flags
+AGENTS = {  # name: script and flags
     "cartpole-before": "ppo.py --total-timesteps 512",  # after one update
     "cartpole-after": "ppo.py",
     "half-cheetah": "ppo_continuous.py --env-id benchmark.animations:HalfCheetahFilm-v5",
     "breakout": "ppo_atari.py --total-timesteps 1000000",
 }
+# The same environment, with a camera that follows: gymnasium's own loses a fast agent.
+HALF_CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
+FILM = {"max_episode_steps": 1000, "kwargs": {"camera_name": "track"}}
+gym.register("HalfCheetahFilm-v5", HALF_CHEETAH, **FILM)
 
 
 def main():

@@ -107,23 +107,26 @@ def rlhf():
 
 # ---------- Claims ----------
 def all_claims():
-    """The comparisons that decide the claims: effects and intervals."""
-    rows = []
-    for number, claim in claims.NAMES.items():
-        for label, (effects, _, _) in claims.judge(claim).items():
-            rows.append((f"{number}. {label}", effects))
+    """The comparisons that decide the claims: effects and intervals, of all tasks on top."""
+    rows = [
+        (n, *row)
+        for n, claim in claims.NAMES.items()
+        for row in claims.judge(claim).items()
+    ]
     figure, (axis,) = panels(1, (8, 1.2 + 0.45 * len(rows)))
     colors = {"all": "C0", CHEETAH: "C1", LUNAR: "C2"}
-    for y, (_, effects) in enumerate(rows):
+    for y, (_, _, (effects, _, _)) in enumerate(rows):
         for i, (task, (effect, low, high)) in enumerate(reversed(effects.items())):
-            place = y + 0.12 * i + (0.1 if i else 0)  # tasks stand below
+            place = y + 0.12 * i + (0.1 if i else 0)
             width, size = (3, 7) if task == "all" else (1, 4)
             look = {"color": colors.get(task, GREY), "markersize": size}
             axis.plot([100 * low, 100 * high], [place, place], linewidth=width, **look)
             name = task if task in colors else "another task"
-            axis.plot(100 * effect, place, "o", label=name, **look)
+            axis.plot(
+                100 * effect, place, "o", label=name.replace("all", "all tasks"), **look
+            )
     axis.axvline(0, color=GREY, linestyle=":")
-    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.set_yticks(range(len(rows)), [f"{n}. {label}" for n, label, _ in rows])
     axis.set(ylim=(len(rows) - 0.2, -0.4), xlabel="effect, %")  # the first claim on top
     legend(figure, [axis], 4)
     return figure

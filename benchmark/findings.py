@@ -54,7 +54,7 @@ def effects(claim):
 
 
 def ladder():
-    """Claim 15: each step beside the one before it, with the Welch interval of the change."""
+    """Claim 15: each step, and its change with the Welch interval."""
     rows = []
     for label, tasks in comparisons("ladder").items():
         after, before = [summary(values(CHEETAH, arm)) for arm in tasks[CHEETAH][:2]]

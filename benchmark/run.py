@@ -4,7 +4,7 @@
     python benchmark/run.py results --jobs 8 --seeds 21  # eight at a time, only one seed
     python benchmark/run.py results --only 'Hopper*'     # runs whose names match
     python benchmark/run.py results --resume             # continue what was interrupted
-    python benchmark/run.py results --dry-run            # commands, for a job array
+    python benchmark/run.py results --dry-run            # a command a line
     python benchmark/run.py random                       # random policies, for the claims
 
 A run trains in --work, with the patch of its variation applied to a copy of the script. Then
@@ -34,7 +34,6 @@ TOOLS = (
     "env_id seed threads runs_dir save_every resume track evaluate eval_episodes greedy "
 )
 TOOLS += "capture_video"  # flags that say nothing about training, or have a column
-POINTS = 100  # of a curve
 
 
 def name_of(run):
@@ -57,8 +56,8 @@ def patched(script, variation, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(
-            f"{patch.name} does not fit {script}: {done.stdout}\nTo renew it, make its change "
-            f"there, put `git diff {script}` below its first lines, and undo the change."
+            f"{patch.name} does not fit {script}: {done.stdout}\nTo renew it, make its "
+            f"change there, put `git diff` below its first lines, and undo the change."
         )
     return folder / script
 
@@ -84,8 +83,8 @@ def train(run, work, threads, resume):
 
 
 def parts_of(values):
-    """Means of up to POINTS equal parts, without what is not finite."""
-    bounds = np.linspace(0, len(values), min(POINTS, len(values)) + 1).round().astype(int)
+    """Means of up to 100 equal parts, without what is not finite."""
+    bounds = np.linspace(0, len(values), min(100, len(values)) + 1).round().astype(int)
     parts = [values[low:high] for low, high in zip(bounds, bounds[1:])]
     return [np.nanmean(part) if np.isfinite(part).any() else np.nan for part in parts]
 
@@ -104,7 +103,7 @@ def rows_of(run, run_dir):
     row += [returns[ended > 0.75 * steps].mean(), returns.mean()]
     row += [played.get("sampled"), played.get("greedy"), study.played or None, ""]
 
-    counts = np.searchsorted(ended, np.linspace(0, steps, POINTS + 1)[1:], side="right")
+    counts = np.searchsorted(ended, np.linspace(0, steps, 101)[1:], side="right")
     last_100 = [returns[max(count - 100, 0) : count] for count in counts]
     curves = {"return": [part.mean() if len(part) else np.nan for part in last_100]}
     for pattern in study.metrics:
@@ -132,17 +131,13 @@ def execute(run, args):
 
 
 def play_randomly(task, episodes=100):
-    env = gym.make(task)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.make(task), buffer_length=episodes)
     env.action_space.seed(1)
-    returns = np.zeros(episodes)
-    for episode in range(episodes):
-        env.reset(seed=episode)
-        done = False
-        while not done:
-            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            returns[episode] += reward
-            done = terminated or truncated
-    row = [task, episodes, returns.mean()]
+    for seed in range(episodes):
+        env.reset(seed=seed)
+        while not any(env.step(env.action_space.sample())[2:4]):  # terminated or truncated
+            pass
+    row = [task, episodes, np.mean(env.return_queue)]
     results.append("random.csv", ["task", "episodes", "mean"], [row])
 
 

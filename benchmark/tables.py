@@ -127,8 +127,7 @@ def compared():
             low, high = np.round([low, high], 1 if abs(best["mean"]) < 500 else 0)
             word = ("ahead" if low > 0 else "behind" if high < 0 else "level") + word
             source = f"[{best.source}]({best.address}), {best.env_version}"
-            row = [name, protocol, with_count(ours), theirs, source, text, word]
-            rows.append(row)
+            rows.append([name, protocol, with_count(ours), theirs, source, text, word])
     columns = ["task", "protocol", "ours (seeds)", "best published (seeds)", "by"]
     return pd.DataFrame(rows, columns=[*columns, f"difference {CI}", "ours is"])
 
@@ -161,8 +160,8 @@ def arms(study, column="score"):
 
 def defaults():
     """Candidates over today's default, seed by seed, averaged over tasks."""
-    rows, runs_of = [], load("defaults")
-    table = runs_of.pivot(index="seed", columns=["arm", "task"], values="score")
+    rows, keys = [], {"index": "seed", "columns": ["arm", "task"], "values": "score"}
+    table = load("defaults").pivot(**keys)
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):
         ratios = (table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
         if len(ratios) > 1:
@@ -224,7 +223,6 @@ def speed(script):
 
 
 def rlhf():
-    table = load("rlhf").groupby("beta")
-    table = table[["kl", "proxy", "true"]].agg(spread).reset_index()
-    columns = ["β", "KL to the reference", "proxy return", "true return"]
-    return table.set_axis(columns, axis=1)
+    columns = {"kl": "KL to the reference", "proxy": "proxy return", "true": "true return"}
+    table = load("rlhf").groupby("beta")[list(columns)].agg(spread)
+    return table.rename(columns=columns).reset_index(names="β")
