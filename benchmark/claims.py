@@ -4,9 +4,9 @@ claims.csv has the comparisons: those that predict something decide a claim. The
 of runs has seeds 1 to 20, the second one, claims-2 of studies.py, seeds from 21 on.
 """
 
+from collections import namedtuple
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,8 @@ TABLE = pd.read_csv(Path(__file__).with_suffix(".csv")).fillna("")
 NAMES = dict(zip(TABLE.number, TABLE.claim))  # {number: claim}
 
 
-class Verdict(NamedTuple):
-    word: str
-    tasks: tuple = ()  # on which it matters
-    bound: float = 0.0  # of what is not settled
+# tasks: those on which it matters; bound: of what is not settled
+Verdict = namedtuple("Verdict", "word tasks bound", defaults=[(), 0.0])
 
 
 @cache

@@ -13,10 +13,10 @@ from tables import PROTOCOLS, best_published, curve, final_runs
 
 matplotlib.use("Agg")
 GREY = "#808080"  # reads well on white and on black
-TEXTS = "text.color axes.edgecolor axes.labelcolor axes.titlecolor xtick.color ytick.color"
-STYLE = dict.fromkeys([*TEXTS.split(), "legend.labelcolor"], GREY)
-STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-plt.rcParams.update(STYLE | {"font.size": 11, "svg.hashsalt": "ppo"})
+COLORS = "text.color axes.edgecolor axes.labelcolor xtick.color ytick.color"
+STYLE = dict.fromkeys(COLORS.split(), GREY) | {"font.size": 11, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "ppo"}
+plt.rcParams.update(STYLE)
 
 
 def panels(count, size, columns=3):
@@ -107,26 +107,23 @@ def rlhf():
 
 # ---------- Claims ----------
 def all_claims():
-    """The comparisons that decide the claims: effects and intervals, of all tasks on top."""
-    rows = [
-        (n, *row)
-        for n, claim in claims.NAMES.items()
-        for row in claims.judge(claim).items()
-    ]
+    """The comparisons that decide the claims: effects and intervals, all tasks on top."""
+    rows = []
+    for number, claim in claims.NAMES.items():
+        for label, (effects, _, _) in claims.judge(claim).items():
+            rows.append((f"{number}. {label}", effects))
     figure, (axis,) = panels(1, (8, 1.2 + 0.45 * len(rows)))
     colors = {"all": "C0", CHEETAH: "C1", LUNAR: "C2"}
-    for y, (_, _, (effects, _, _)) in enumerate(rows):
+    for y, (_, effects) in enumerate(rows):
         for i, (task, (effect, low, high)) in enumerate(reversed(effects.items())):
             place = y + 0.12 * i + (0.1 if i else 0)
             width, size = (3, 7) if task == "all" else (1, 4)
             look = {"color": colors.get(task, GREY), "markersize": size}
             axis.plot([100 * low, 100 * high], [place, place], linewidth=width, **look)
-            name = task if task in colors else "another task"
-            axis.plot(
-                100 * effect, place, "o", label=name.replace("all", "all tasks"), **look
-            )
+            look["label"] = task if task in colors else "another task"
+            axis.plot(100 * effect, place, "o", **look)
     axis.axvline(0, color=GREY, linestyle=":")
-    axis.set_yticks(range(len(rows)), [f"{n}. {label}" for n, label, _ in rows])
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     axis.set(ylim=(len(rows) - 0.2, -0.4), xlabel="effect, %")  # the first claim on top
     legend(figure, [axis], 4)
     return figure
@@ -169,10 +166,9 @@ def gae():
 
 
 HEADLINE = ["CartPole-v1", LUNAR, CHEETAH, "Hopper-v5", "Walker2d-v5", "Breakout"]
-CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR]
 FIGURES = {
     "headline": partial(learning, HEADLINE),
-    "curves-ppo": partial(learning, CLASSIC),
+    "curves-ppo": partial(learning, ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR]),
     "curves-continuous": partial(learning, [*MUJOCO, "Ant-v4"]),
     "curves-atari": partial(learning, ["Pong", "Breakout", "BeamRider"]),
     "diagnostics": diagnostics,

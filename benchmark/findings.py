@@ -2,19 +2,9 @@
 
 import re
 
+import claims
 import numpy as np
 import pandas as pd
-from claims import (
-    NAMES,
-    comparisons,
-    first_effects,
-    judge,
-    kl_ratios,
-    metric,
-    random_returns,
-    second_scores,
-    values,
-)
 from estimates import iqm, paired_effects, summary, welch
 from results import ROOT, load
 from studies import CHEETAH
@@ -38,15 +28,15 @@ def each_task(effects):
 def effects(claim):
     """The comparisons of a claim, round by round."""
     rows = []
-    for label, found in first_effects(claim).items():
-        paired = each_task(first_effects(claim, same_seeds=True)[label])
+    for label, found in claims.first_effects(claim).items():
+        paired = each_task(claims.first_effects(claim, same_seeds=True)[label])
         rows.append([label, each_task(found), paired, interval(*found["all"])])
-    for label, tasks in comparisons(claim).items():
-        scores, missing = second_scores(claim, label)
+    for label, tasks in claims.comparisons(claim).items():
+        scores, missing = claims.second_scores(claim, label)
         if scores and any(predicted for *_, predicted in tasks.values()):
             row = [f"{label}, second round", f"missing runs: {missing}", "", ""]
             if not missing:
-                found = paired_effects(scores, random_returns())
+                found = paired_effects(scores, claims.random_returns())
                 row[1:] = ["", each_task(found), interval(*found["all"])]
             rows.append(row)
     columns = ["comparison", "each task", "same seeds", "all tasks"]
@@ -56,8 +46,8 @@ def effects(claim):
 def ladder():
     """Claim 15: each step, and its change with the Welch interval."""
     rows = []
-    for label, tasks in comparisons("ladder").items():
-        after, before = [summary(values(CHEETAH, arm)) for arm in tasks[CHEETAH][:2]]
+    for label, tasks in claims.comparisons("ladder").items():
+        after, before = [summary(claims.values(CHEETAH, arm)) for arm in tasks[CHEETAH][:2]]
         change = [number(x, 0) for x in (after[0] - before[0], *welch(after, before))]
         rows = rows or [["CleanRL's flags", number(before[0]), ""]]
         rows.append([f"+ {label}", number(after[0]), "{} [{}, {}]".format(*change)])
@@ -66,7 +56,7 @@ def ladder():
 
 def verdict(claim):
     words = {}
-    for label, (found, (word, tasks, bound), holds) in judge(claim).items():
+    for label, (found, (word, tasks, bound), holds) in claims.judge(claim).items():
         if holds is not None:
             word = "holds" if holds else "does not hold"
             word += f" on {', '.join(tasks)}" if 0 < len(tasks) < len(found) - 1 else ""
@@ -84,7 +74,7 @@ def verdicts():
     text = re.sub("<!-- .*? -->", "", text)
     for section in text.split("\n### ")[1:]:
         number, statement = section.splitlines()[0].split(". ", 1)
-        found = judge(NAMES[int(number)]).items()
+        found = claims.judge(claims.NAMES[int(number)]).items()
         effects = "; ".join(f"{label}: {each_task(x)}" for label, (x, _, _) in found)
         words = re.search(r"\*\*Verdict: (.*?)\.?\*\*", section, re.S)[1]
         rows.append([statement, effects, re.sub("[ \n]+", " ", words)])
@@ -93,25 +83,25 @@ def verdicts():
 
 # ---------- Numbers in the prose ----------
 def effect(claim, label, task="all"):
-    return interval(*first_effects(claim)[label][task])
+    return interval(*claims.first_effects(claim)[label][task])
 
 
 def kl_range(task):
-    ratios = kl_ratios(task).values()
+    ratios = claims.kl_ratios(task).values()
     return f"{min(ratios):.2f} to {max(ratios):.2f} ({task})"
 
 
 def scores(task, arm):
     """The scores of the first round, in order."""
-    return ", ".join(number(x, 0) for x in sorted(values(task, arm)))
+    return ", ".join(number(x, 0) for x in sorted(claims.values(task, arm)))
 
 
 def mean_score(task, arm, first, last):
-    return number(values(task, arm, range(int(first), int(last) + 1)).mean(), 0)
+    return number(claims.values(task, arm, range(int(first), int(last) + 1)).mean(), 0)
 
 
 def mean_metric(arm, name):
-    return f"{np.nanmean(metric(arm, name)):.2g}"
+    return f"{np.nanmean(claims.metric(arm, name)):.2g}"
 
 
 def final(task, column):

@@ -4,8 +4,8 @@
     python benchmark/report.py --check   # only says which are out of date
 
 Between markers <!-- name arguments --> and <!-- end --> comes what FILLERS[name] returns, a
-table or a number in a line. A link from a name to a script, [`Agent`](ppo.py#L1-L2), gets the
-lines of that definition; [rollout], [advantages] and [update] get those of these parts.
+table or a number in a line. A link from a name to a script, [`Agent`](ppo.py#L1-L2), gets
+the lines of that definition; [rollout], [advantages] and [update] those of these parts.
 """
 
 import ast

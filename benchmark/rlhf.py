@@ -8,34 +8,24 @@ the verdict was fixed before the runs; README.md beside this file has it.
 """
 
 import sys
+from itertools import product
 
 import gymnasium as gym
 import numpy as np
 import results
 import torch
+import tyro
 
 sys.path.insert(0, str(results.ROOT))
 import ppo  # noqa: E402 (the line above finds it)
 
 BETAS, BONUS = (0, 0.1, 0.3, 1, 3), 2
 COLUMNS = ["beta", "seed", *results.MADE_BY, "kl", "proxy", "true"]
-SIZES = {
-    "total_timesteps": 300_000,
-    "num_envs": 16,
-    "num_steps": 256,
-    "num_minibatches": 32,
-}
-FLAGS = SIZES | {
-    "update_epochs": 10,
-    "gamma": 0.995,
-    "learning_rate": 3e-4,
-    "ent_coef": 0.003,
-}
-FLAGS |= {
-    "norm_obs": True,
-    "norm_reward": True,
-    "runs_dir": str(results.ROOT / "runs/rlhf"),
-}
+FLAGS = "--total-timesteps 300000 --num-envs 16 --num-steps 256 --num-minibatches 32 "
+FLAGS += (
+    "--update-epochs 10 --gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003 --norm-obs "
+)
+FLAGS += f"--norm-reward --runs-dir {results.ROOT}/runs/rlhf"
 
 
 def near_the_pad(obs):
@@ -81,17 +71,20 @@ def measure(run_dir, reference_dir):
     return np.mean([episode for env in finished for episode in env[:5]], axis=0).round(4)
 
 
+def train(flags):
+    return ppo.train(tyro.cli(ppo.Args, args=f"{FLAGS} {flags}".split()))
+
+
 def main():
     table = results.read("rlhf.csv", COLUMNS)
     done = set(zip(table.beta.astype(str), table.seed))
-    reference = ppo.train(ppo.Args(env_id="LunarLander-v3", seed=1, **FLAGS))
-    jobs = [("reference", 1), *((beta, seed) for seed in range(1, 6) for beta in BETAS)]
-    for beta, seed in jobs:
+    reference = train("--env-id LunarLander-v3 --seed 1")
+    task = f"--env-id ProxyLander-v0 --reference {reference}"
+    for beta, seed in [("reference", 1), *product(BETAS, range(1, 6))]:
         if (str(beta), seed) not in done:
             run_dir = reference
             if beta != "reference":
-                flags = FLAGS | {"reference": str(reference), "kl_coef": beta, "seed": seed}
-                run_dir = ppo.train(ppo.Args(env_id="ProxyLander-v0", **flags))
+                run_dir = train(f"{task} --kl-coef {beta} --seed {seed}")
             row = [beta, seed, *results.made_by("ppo.py"), *measure(run_dir, reference)]
             results.append("rlhf.csv", COLUMNS, [row])
 

@@ -4,11 +4,11 @@
     python benchmark/run.py results --jobs 8 --seeds 21  # eight at a time, only one seed
     python benchmark/run.py results --only 'Hopper*'     # runs whose names match
     python benchmark/run.py results --resume             # continue what was interrupted
-    python benchmark/run.py results --dry-run            # a command a line
+    python benchmark/run.py results --dry-run            # a command each
     python benchmark/run.py random                       # random policies, for the claims
 
-A run trains in --work, with the patch of its variation applied to a copy of the script. Then
-its curves are appended to results/STUDY.curves.csv, its row to results/STUDY.csv, and its
+A run trains in --work, with the patch of its variation applied to a copy of the script. Its
+curves are appended to results/STUDY.curves.csv, its row to results/STUDY.csv; its
 directory is deleted. Delete a row to make a run again. Afterwards: benchmark/report.py.
 """
 
@@ -124,10 +124,9 @@ def execute(run, args):
         results.append(f"{run.study}.csv", results.COLUMNS, [row])
         shutil.rmtree(args.work / run.study / name_of(run))
         return "done"
-    except subprocess.CalledProcessError as problem:
-        return "FAILED: " + "\n".join(problem.stderr.strip().splitlines()[-5:])
     except Exception as problem:
-        return f"FAILED: {problem!r}"
+        text = getattr(problem, "stderr", None) or repr(problem)
+        return "FAILED: " + "\n".join(text.strip().splitlines()[-5:])
 
 
 def play_randomly(task, episodes=100):

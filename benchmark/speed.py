@@ -33,9 +33,8 @@ STEPS = {  # all of them, and those not counted
     "ppo_atari": (20_480, 5_120),
 }
 THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
-SAME = (
-    "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None --clip-vloss"
-)
+SAME = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None "
+SAME += "--clip-vloss"
 RUNS = {  # flags of our script
     "ppo": ["", "--compile", "--vectorization-mode sync", "--num-envs 32"],
     "ppo_continuous": ["", "--compile"],
@@ -45,9 +44,8 @@ COLUMNS = "script cpu cores torch date round program steps_per_second".split()
 
 
 def output_of(*command, **options):
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, **options
-    ).stdout
+    options |= {"check": True, "capture_output": True, "text": True}
+    return subprocess.run(command, **options).stdout
 
 
 def ours(script, flags, steps):
@@ -70,9 +68,8 @@ def cleanrl(script, python, file):
 
 def peer(package, script, python=sys.executable):
     """stable_baselines3 or sbx, in a process of its own."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import speed; "
-    code += f"speed.train_peer({package!r}, {script!r})"
-    return float(output_of(python, "-c", code))
+    code = f"import speed; speed.train_peer({package!r}, {script!r})"
+    return float(output_of(python, "-c", code, cwd=HERE))
 
 
 class Clock(BaseCallback):

@@ -6,6 +6,7 @@ file for "defaults" and "tuned", in claims.md for "claims" and "claims-2".
 
 import csv
 import re
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,8 @@ class Arm(NamedTuple):
     variation: str = ""
 
 
-class Block(NamedTuple):
-    tasks: dict  # task: script and flags
-    arms: dict  # name: Arm
-    seeds: range
+Block = namedtuple("Block", "tasks arms seeds")  # {task: script and flags}, {name: Arm}
+Run = namedtuple("Run", "study task arm seed script variation flags")
 
 
 class Study(NamedTuple):
@@ -28,16 +27,6 @@ class Study(NamedTuple):
     metrics: tuple = ()  # columns of metrics.csv whose curves are kept, beside the return's
     evaluations: int = 0  # on the way: ten episodes each, with sampled actions
     played: int = 0  # episodes of the finished agent, sampled and greedy
-
-
-class Run(NamedTuple):
-    study: str
-    task: str
-    arm: str
-    seed: int
-    script: str
-    variation: str
-    flags: str
 
 
 def runs(study):
