@@ -76,6 +76,6 @@ def paired_effects(scores, random, level=0.95):
     of_tasks = zip(means, variances, freedoms)
     effects = {task: (x[0], *t_interval(*x, level)) for task, x in zip(scores, of_tasks)}
     shares = np.array(variances) / len(scores) ** 2  # in that of the mean over tasks
-    freedom = shares.sum() ** 2 / max((shares**2 / freedoms).sum(), 1e-300)
+    freedom = shares.sum() ** 2 / (shares**2 / freedoms).sum() if shares.any() else 1
     mean = np.mean(means)
     return effects | {"all": (mean, *t_interval(mean, shares.sum(), freedom, level))}

@@ -57,9 +57,8 @@ def learning(tasks):
         best = [best_published(task, runs.steps.max(), protocol) for protocol in PROTOCOLS]
         training, *others = [np.nan if row is None else row["mean"] for row in best]
         axis.axhline(training, color="C1", linestyle="--", label="best published: training")
-        if np.isfinite(others).any():
-            look = {"color": "C1", "linestyle": ":", "label": "best published: evaluation"}
-            axis.axhline(np.nanmax(others), **look)
+        others = max((mean for mean in others if np.isfinite(mean)), default=np.nan)
+        axis.axhline(others, color="C1", linestyle=":", label="best published: evaluation")
         for color, (arm, name) in zip(("C2", "C3"), peers.items()):
             runs = select(task, arm, "sb3")
             if len(tasks) > 6 and len(runs):

@@ -26,12 +26,8 @@ FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
 NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "
 NAMES += "final speedup lines rlhf_verdict"
 FILLERS |= {name.replace("_", "-"): getattr(findings, name) for name in NAMES.split()}
-PARTS = {  # of train: where each begins, and what follows the last one
-    "rollout": "# 1. Rollout",
-    "advantages": "# 2. Advantages",
-    "update": "# 3. Update",
-    "": "check_finite(agent",
-}
+PARTS = ["rollout", "advantages", "update"]  # of the training loop
+MARKS = ["# 1. Rollout", "# 2. Advantages", "# 3. Update", "check_finite(agent"]
 
 
 def markdown(table):
@@ -54,7 +50,7 @@ def places(script):
     source = (ROOT / script).read_text()
     nodes = [node for node in ast.walk(ast.parse(source)) if hasattr(node, "name")]
     found = {node.name: (node.lineno, node.end_lineno) for node in reversed(nodes)}
-    starts = [source[: source.index(mark)].count("\n") + 1 for mark in PARTS.values()]
+    starts = [source[: source.index(mark)].count("\n") + 1 for mark in MARKS]
     return found | {name: (x, y - 1) for name, x, y in zip(PARTS, starts, starts[1:])}
 
 
@@ -64,7 +60,8 @@ def link(found):
 
 
 def render(text):
-    text = re.sub(r"(<!-- (?!end)(.+?) -->).*?<!-- end -->", fill, text, flags=re.S)
+    marked = r"(<!-- (?!end)([^\n]+?) -->)(?:(?!<!-- ).)*<!-- end -->"
+    text = re.sub(marked, fill, text, flags=re.S)
     return re.sub(r"\[(`?)(\w+)(`?)\]\((ppo\w*\.py)(?:#[L\d-]+)?\)", link, text)
 
 

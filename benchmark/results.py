@@ -24,7 +24,9 @@ CURVE_COLUMNS = ["task", "arm", "seed", "metric", "points"]
 def read(name, columns):
     """results/NAME, or an empty table."""
     path = RESULTS / name
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
+    if not path.exists():
+        return pd.DataFrame(columns=columns)
+    return pd.read_csv(path, dtype=dict.fromkeys(["variation", "note", "flags"], str))
 
 
 @cache
@@ -37,8 +39,7 @@ def load(*studies):
 
 @cache
 def by_arm(*studies):
-    groups = load(*studies).sort_values("seed", kind="stable").groupby(["task", "arm"])
-    return dict(iter(groups))
+    return dict(iter(load(*studies).sort_values("seed").groupby(["task", "arm"])))
 
 
 def select(task, arm, *studies, seeds=None):
