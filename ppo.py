@@ -8,6 +8,8 @@
 In this order: flags, equations, agent, training. What follows training is tooling.
 Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch; observations of D numbers.
+The N environments never stop: the step after an episode's end ignores its action and only
+resets, with reward 0 and the next episode's first state. Nothing is learned from it.
 """
 
 import csv
@@ -37,7 +39,8 @@ SCRIPT = Path(__file__).name
 @dataclass
 class Args:  # tyro makes each field a flag and its comment the flag's help
     env_id: str = "CartPole-v1"  # with discrete actions; your own: my_module:MyEnv-v0
-    vectorization_mode: Literal["sync", "async"] | None = None  # async: a process each
+    # sync: environments in one process; async: a process each; None: gymnasium decides
+    vectorization_mode: Literal["sync", "async"] | None = None
     total_timesteps: int = 500_000  # of all environments; rounded down to whole rollouts
     num_envs: int = 4  # parallel environments, N
     num_steps: int = 128  # steps of each environment in a rollout, T
@@ -58,8 +61,8 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     max_grad_norm: float = 0.5  # longer gradients are shortened to this norm; inf: none
     target_kl: float | None = None  # end an update after an epoch with a larger approx_kl
     norm_obs: bool = False  # normalise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the deviation of their discounted sums
-    reference: str | None = None  # start from the agent in this run directory
+    norm_reward: bool = False  # divide rewards by the standard deviation of their sums
+    reference: str | None = None  # start as a copy of the agent in this run directory
     kl_coef: float = 0.0  # beta: rewards lose beta * log(pi / pi_reference)
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
@@ -83,8 +86,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them). At the end of
-    the rollout V stands for them, too: there Â_{t+1} is 0.
+    time limit truncated it (rewards would have followed: V stands for them). Of what comes
+    after the rollout only V(s_T) is known, and δ has it already; so Â_T is 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -112,8 +115,8 @@ def policy_loss(log_ratio, advantages, clip_coef):
 
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
-    V_clip = V_old + clip(V − V_old, −ε, ε): as in (clip), nothing is gained by moving more
-    than ε away from V_old. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
+    V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε, here
+    in units of the return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -146,7 +149,8 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        # Two estimates of KL(π_old, π). The second has less noise: on average, ρ − 1 is 0.
+        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average. It cancels
+        # most of the noise: for ρ near 1, each term of (k3) is small and none is negative.
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
@@ -158,6 +162,7 @@ def compute_gradient(agent, batch, args):
     """Adds the gradient of the loss to .grad, shortened to max_grad_norm → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
+    # Returns the norm that the gradient had before.
     logged["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     return logged
 
@@ -190,12 +195,13 @@ class RunningStats(nn.Module):
 
 
 def scale_rewards(rewards, valid, stats, gamma, running_sum):
-    """(rew-norm): r_t / √Var(G), clipped to ±10. G_t = γ G_{t−1} + r_t sums the rewards of
-    the episode so far; stats keeps its running variance. No mean is subtracted, so that
-    rewards keep their sign.
+    """(rew-norm): r_t / √Var(G), clipped to ±10, so that returns, which the critic learns,
+    are of order 1 in all environments. G_t = γ G_{t−1} + r_t sums the episode's rewards so
+    far, which are known; it varies about as much as the return, the sum of those to come.
 
-    rewards (T, N); valid (T, N), False where a step only reset; running_sum (N,), the last
-    G of the previous rollout → scaled rewards (T, N), the last G of this one (N,)."""
+    rewards (T, N); valid (T, N), False in the step after an episode, which only resets;
+    stats, the variance of all G so far; running_sum (N,), the last G of the rollout before
+    → scaled rewards (T, N), the last G of this rollout (N,)."""
     sums = []
     for t in range(len(rewards)):
         running_sum = gamma * running_sum * valid[t] + rewards[t]
@@ -218,7 +224,8 @@ def mlp(inputs, units, outputs, output_gain):
 
 
 class Agent(nn.Module):
-    """The policy (actor) and the value function (critic). x are normalised observations."""
+    """The policy (actor) and the value function (critic). x are observations, normalised if
+    norm_obs is set."""
 
     def __init__(self, envs, args):
         super().__init__()
@@ -284,8 +291,9 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
-    reference = load_reference(args, agent)  # None without --reference
-    # Adam's usual eps, 1e-8, would let weights with tiny gradients take full steps.
+    reference = load_reference(args, agent)  # and copies it into agent; or None
+    # Adam divides each gradient by its usual size + eps. So even tiny ones, mere noise,
+    # move their weight by about the learning rate, unless eps is above the usual 1e-8.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
         agent.parameters(), args.learning_rate, eps=1e-5, fused=True
@@ -329,18 +337,22 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             x = agent.normalize(to_tensor(obs))
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
+            if reference is not None:
+                x_ref = reference.normalize(to_tensor(obs[:-1]))
+                ref_log_probs, _ = reference.evaluate_actions(x_ref, to_tensor(actions))
 
         r = to_tensor(rewards).float()
         if reference is not None:  # (kl-ref): moving away from the reference costs reward
-            x_ref = reference.normalize(to_tensor(obs[:-1]))
-            ref_log_probs, _ = reference.evaluate_actions(x_ref, to_tensor(actions))
-            drift = (log_probs - ref_log_probs) * valid  # its mean estimates KL(π, π_ref)
-            r = r - args.kl_coef * drift
-        if args.norm_reward:  # its statistics may move first: rewards are scaled only once
+            drift = log_probs - ref_log_probs  # on average KL(π, π_ref)
+            r = r - args.kl_coef * drift * valid
+        if args.norm_reward:
+            # Updates the statistics, then scales: each reward is scaled only once.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
-        # After no_future, V counts as 0. Steps that only reset get advantages, too, but
-        # these go nowhere: done in the step before cuts (gae), and they are dropped below.
+
+        # Where an episode has no future, V(s_{t+1}) counts as 0. Steps that only reset get
+        # advantages, too, but no other step sees these, since (gae) stops at done[t − 1].
+        # They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -359,8 +371,9 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # T * N row numbers. torch.compile wants minibatches of one size, so other rows
-            # come again in place of those dropped: at most two of three, hence 3 copies.
+            # T * N row numbers, since torch.compile wants minibatches of one size: rows
+            # come again in place of those dropped. As T >= 2 and no two resets follow each
+            # other, at least a third is left (T = 3: reset, step, reset): 3 copies do.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
@@ -371,7 +384,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             epoch_kl = np.mean([log["approx_kl"] for log in logs[-args.num_minibatches :]])
             if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
-        if args.norm_obs:  # only now, so that policy and update have seen the same x
+        if args.norm_obs:  # only now, so that policy and all epochs have seen the same x
             agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
         check_finite(agent, iteration)
@@ -381,7 +394,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             "kl_reference": drift[valid].mean().item() if reference else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
-        metrics = run.log(iteration, metrics, rewards, done, reset)  # adds returns
+        metrics = run.log(iteration, metrics, rewards, done, reset)  # adds scores
         if iteration % run.save_every == 0 or iteration == iterations:
             run.save(iteration, agent, optimizer)
         if after_iteration is not None:
@@ -393,7 +406,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 @torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
-    envs, obs = start_envs(args, 0)  # each evaluation begins alike
+    envs, obs = start_envs(args, 0)  # the same beginning in each evaluation
     device = next(agent.parameters()).device
     scores = [[] for _ in range(args.num_envs)]
     running = np.zeros(args.num_envs)  # scores of the running episodes
@@ -453,7 +466,8 @@ def make_envs(args):
 
 def start_envs(args, iteration):
     """New environments and their first observations (N, D). All that is random from here on
-    follows from seed and iteration, so a resumed run does not repeat its beginning."""
+    follows from seed and iteration. So a resumed run goes on with new random numbers, and
+    two resumed from the same checkpoint are alike."""
     seed = int(np.random.default_rng([args.seed, iteration]).integers(2**30))
     torch.manual_seed(seed)
     envs = make_envs(args)
@@ -494,7 +508,7 @@ class Run:
                 agent.load_state_dict(self.checkpoint["agent"])
                 optimizer.load_state_dict(self.checkpoint["optimizer"])
                 for name, size in self.checkpoint["log_sizes"].items():
-                    os.truncate(self.directory / name, size)  # later rows come again
+                    os.truncate(self.directory / name, size)  # later rows are written again
             else:
                 self.directory = make_directory(self.args)
             self.metrics_file = self.opened.enter_context(
@@ -515,11 +529,12 @@ class Run:
         if self.args.track:
             import wandb  # only here, since it is slow to import
 
-            can_log = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+            # With WANDB_MODE or a login, wandb chooses the mode (None); else offline.
+            decided = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
             name = self.directory.resolve().name
             run = {"id": name, "name": name, "resume": "allow"}  # same id: same run
             run |= {"dir": self.directory, "config": vars(self.args)}
-            self.wandb = wandb.init(**run, mode=None if can_log else "offline")
+            self.wandb = wandb.init(**run, mode=None if decided else "offline")
             self.opened.callback(self.wandb.finish)
 
     def log(self, iteration, metrics, rewards, done, reset):
@@ -612,12 +627,12 @@ def load_run(run_dir):
         raise UsageError(message) from error
 
 
-def load_agent(run_dir):
-    """The trained agent of a run, on the CPU. For a tensor obs (N, D), its actions are
+def load_agent(run_dir, device="cpu"):
+    """The trained agent of a run. For a tensor obs (N, D), its actions are
     agent.act(agent.normalize(obs))."""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)  # for their spaces
-    agent = Agent(envs, args)
+    agent = Agent(envs, args).to(device)
     envs.close()
     agent.load_state_dict(checkpoint["agent"])
     return agent.requires_grad_(False)
@@ -628,19 +643,43 @@ def load_reference(args, agent):
     if args.reference is None:
         return None
     args.reference = str(Path(args.reference).absolute())  # to be found by any --resume
-    reference = load_agent(args.reference)
+    reference = load_agent(args.reference, next(agent.parameters()).device)
     if [p.shape for p in reference.parameters()] != [p.shape for p in agent.parameters()]:
         raise UsageError(f"--reference {args.reference}: trained on other spaces")
     if reference.norm_obs != args.norm_obs:
         raise UsageError(f"--reference {args.reference}: differs in --norm-obs")
     agent.load_state_dict(reference.state_dict())
-    return reference.to(next(agent.parameters()).device)
+    return reference
+
+
+# ---------- Devices ----------
+def set_up_torch(args):
+    """Sets the number of CPU threads; returns the device."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no GPU")
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def compiled(function):
+    """torch.compile of a function as one graph, even if it calls backward; on a GPU, the
+    whole graph is then started by one call (CUDA graphs)."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, mode="reduce-overhead")
+
+
+def check_finite(agent, iteration):
+    """Stops a training that has gone wrong, before anything is saved."""
+    if not all(value.isfinite().all() for value in agent.state_dict().values()):
+        raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
 
 
 # ---------- Command line ----------
 def check(args):
     """Raises UsageError if a flag makes no sense."""
-    ranges = {"num_steps": (2, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
+    ranges = {"gamma": (0, 1), "gae_lambda": (0, 1)}
+    ranges["num_steps"] = (2, math.inf)  # a single step could be a reset everywhere
     positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
     ranges |= dict.fromkeys(positive.split(), (1, math.inf))
     for name, value in vars(args).items():
@@ -662,27 +701,6 @@ def check(args):
         raise UsageError("--greedy and --capture-video need --evaluate")
     if args.kl_coef > 0 and args.reference is None:
         raise UsageError("--kl-coef needs --reference")
-
-
-def set_up_torch(args):
-    """Sets the number of CPU threads; returns the device."""
-    torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU")
-    on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
-def compiled(function):
-    """torch.compile of loss and backward as one graph; on a GPU with CUDA graphs."""
-    torch._dynamo.config.trace_autograd_ops = True  # else backward gets a graph of its own
-    return torch.compile(function, mode="reduce-overhead")
-
-
-def check_finite(agent, iteration):
-    """Stops a training that has gone wrong, before anything is saved."""
-    if not all(value.isfinite().all() for value in agent.state_dict().values()):
-        raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
 
 
 def parse():
@@ -710,8 +728,7 @@ def main():
             train(args)
             return
         check(args)
-        agent = load_agent(args.evaluate).to(set_up_torch(args))
-        scores = evaluate(agent, args)
+        scores = evaluate(load_agent(args.evaluate, set_up_torch(args)), args)
         print(f"mean return {scores.mean():.6g}, standard deviation {scores.std():.6g}:")
         print(*(f"{score:.6g}" for score in scores.flatten()))
     except UsageError as error:
@@ -724,6 +741,7 @@ def main():
 if __name__ == "__main__":
     main()
 
+# The packages that `uv run` installs for this file:
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [

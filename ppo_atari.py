@@ -9,6 +9,8 @@
 In this order: flags, equations, agent, training. What follows training is tooling.
 Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch.
+The N environments never stop: the step after an episode's end ignores its action and only
+resets, with reward 0 and the next episode's first state. Nothing is learned from it.
 """
 
 import csv
@@ -68,12 +70,12 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     max_grad_norm: float = 0.5  # longer gradients are shortened to this norm; inf: none
     target_kl: float | None = None  # end an update after an epoch with a larger approx_kl
     clip_rewards: bool = True  # learn from the sign of rewards; logs show the score
-    episodic_life: bool = True  # learn from a lost life as from a termination
+    episodic_life: bool = True  # for learning, a lost life is a termination
     sticky_actions: float = 0.0  # probability that a game repeats the last action instead
-    max_episode_frames: int = 108_000  # time limit of a game; a step has 4 frames
+    max_episode_frames: int = 108_000  # time limit of a game, 30 minutes; a step has 4
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    bf16: Literal["auto", "on", "off"] = "auto"  # bfloat16 convolutions; auto: if supported
+    bf16: Literal["auto", "on", "off"] = "auto"  # 16-bit networks; auto: if supported
     threads: int | None = None  # CPU threads of torch; None: torch decides
     compile: bool = False  # torch.compile: faster after a minute of compilation
     runs_dir: str = "runs"  # holds the run directories
@@ -94,8 +96,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them). At the end of
-    the rollout V stands for them, too: there Â_{t+1} is 0.
+    time limit truncated it (rewards would have followed: V stands for them). Of what comes
+    after the rollout only V(s_T) is known, and δ has it already; so Â_T is 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -123,8 +125,8 @@ def policy_loss(log_ratio, advantages, clip_coef):
 
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
-    V_clip = V_old + clip(V − V_old, −ε, ε): as in (clip), nothing is gained by moving more
-    than ε away from V_old. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
+    V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε, here
+    in units of the return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -158,7 +160,8 @@ def ppo_loss(agent, batch, args):
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        # Two estimates of KL(π_old, π). The second has less noise: on average, ρ − 1 is 0.
+        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average. It cancels
+        # most of the noise: for ρ near 1, each term of (k3) is small and none is negative.
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
@@ -197,6 +200,7 @@ class Agent(nn.Module):
 
     def __init__(self, envs, args):
         super().__init__()
+        # 84 x 84 pixels become 20 x 20, then 9 x 9, then 7 x 7.
         self.network = nn.Sequential(
             orthogonal(nn.Conv2d(4, 32, 8, stride=4)),
             nn.ReLU(),
@@ -213,10 +217,12 @@ class Agent(nn.Module):
         self.critic = orthogonal(nn.Linear(512, 1), gain=1.0)
 
     def features(self, obs):
-        """Observations (B, 4, 84, 84), uint8 → x (B, 512), float32."""
+        """Observations (B, 4, 84, 84), uint8: the last 4 pictures, since one does not show
+        where a ball flies → x (B, 512), float32."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         # channels_last is another order in memory: convolutions on a CPU are twice as fast.
         pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
+        # With bf16, layers compute with bfloat16 copies of their float32 weights.
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(pixels).float()
 
@@ -267,7 +273,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     agent.bf16 = choose_bf16(args, device)
-    # Adam's usual eps, 1e-8, would let weights with tiny gradients take full steps.
+    # Adam divides each gradient by its usual size + eps. So even tiny ones, mere noise,
+    # move their weight by about the learning rate, unless eps is above the usual 1e-8.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
         agent.parameters(), args.learning_rate, eps=1e-5, fused=True
@@ -279,7 +286,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         start_together(agent, device)
 
     obs = torch.zeros((T + 1, N, 4, 84, 84), dtype=torch.uint8, device=device)
-    x = torch.zeros((T + 1, N, 512), device=device)  # their features
+    x = torch.zeros((T + 1, N, 512), device=device)  # their features, for part 2
     # Environments use numpy, so the rest of a rollout is recorded in numpy.
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N))
@@ -295,9 +302,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             remaining = 1 - (iteration - 1) / iterations
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
-        # 1. Rollout: the policy plays T steps in N environments. autocast keeps the weights
-        # that it has cast until its outermost block ends: here, once a rollout.
+        # 1. Rollout: the policy plays T steps in N environments. After a lost life, many
+        # games wait for the button FIRE, so AtariGames presses it in place of the policy's
+        # action. After the end of a game, the next step only resets. valid tells which
+        # actions were the policy's.
         obs[0] = obs[T]  # continue where the last rollout ended
+        # The autocast in features makes bfloat16 copies of the weights, which are dropped
+        # when the outermost autocast ends. This one, itself off, keeps them for all steps.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t])
@@ -316,8 +327,9 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
 
         r = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
-        # After no_future, V counts as 0. FIRE and resets get advantages, too, but these go
-        # nowhere: done in the step before cuts (gae), and they are dropped below.
+        # Where an episode has no future, V(s_{t+1}) counts as 0. FIRE and resets get
+        # advantages, too, but no other step sees these, since (gae) stops at done[t − 1].
+        # They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -336,14 +348,15 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # T * N row numbers. torch.compile wants minibatches of one size, so other rows
-            # come again in place of those dropped: at most two of three, hence 3 copies.
+            # T * N row numbers, since torch.compile wants minibatches of one size: rows
+            # come again in place of those dropped. Lives last many steps, so these are few,
+            # and 3 copies are more than enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
                 optimizer.zero_grad()
                 logged = backward(agent, minibatch, args)
-                if WORLD_SIZE > 1:
+                if WORLD_SIZE > 1:  # the same gradient for all keeps their weights equal
                     for parameter in agent.parameters():
                         average(parameter.grad)
                 logged["grad_norm"] = nn.utils.clip_grad_norm_(
@@ -375,7 +388,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 @torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes games in each environment → scores (N, games)."""
-    envs, obs = start_envs(args, 0)  # each evaluation begins alike
+    envs, obs = start_envs(args, 0)  # the same beginning in each evaluation
     device = next(agent.parameters()).device
     scores = [[] for _ in range(args.num_envs)]
     running = np.zeros(args.num_envs)  # scores of the running games
@@ -403,8 +416,8 @@ def evaluate(agent, args):
 
 
 class Film:
-    """Films the first environment: ale-py's have no pictures to film, so the same games are
-    played once more, in colour."""
+    """Films the first environment. The agent's pictures are small and grey, so each action
+    is played in a second set of games, too, with the same seed and in colour."""
 
     def __init__(self, args):
         self.envs, _ = start_envs(args, 0, in_colour=True)
@@ -416,7 +429,7 @@ class Film:
 
     def step(self, actions):
         pictures, *_ = self.envs.step(actions)
-        self.writer.write_frame(pictures[0, 0])
+        self.writer.write_frame(pictures[0, 0])  # the only picture of environment 0
 
     def close(self):
         self.writer.close()
@@ -433,10 +446,11 @@ class AtariGames(gym.vector.VectorWrapper):
 
     With life_loss_info, ale-py reports a lost life as a termination, and the game goes on.
     Many games then wait for FIRE, which the policy might never press. So where there is
-    this button, it replaces the action after a lost life.
+    this button, it replaces the action after a lost life. (When a game starts, ale-py
+    presses it.)
 
     info["valid"] (N,): the action was the policy's. info["new_game"] (N,): the step ignored
-    its action and began a new game; the frame number, which falls, tells so."""
+    its action and began a new game. The frame number tells: it falls."""
 
     def __init__(self, envs):
         super().__init__(envs)
@@ -452,20 +466,20 @@ class AtariGames(gym.vector.VectorWrapper):
         return obs, info
 
     def step(self, actions):
-        if self.fire is not None:
-            actions = np.where(self.done, self.fire, actions)
+        forced = self.done & (self.fire is not None)
+        actions = np.where(forced, self.fire or 0, actions)
         obs, reward, terminated, truncated, info = self.env.step(actions)
         info["new_game"] = info["episode_frame_number"] < self.frame
-        info["valid"] = ~info["new_game"] if self.fire is None else ~self.done
+        info["valid"] = ~(forced | info["new_game"])
         self.done = terminated | truncated
         self.frame = info["episode_frame_number"]
         return obs, reward, terminated, truncated, info
 
 
 def make_envs(args, in_colour=False):
-    """A VectorEnv of args.num_envs games. A step repeats its action for 4 frames.
-    Observations are the last 4 steps, in grey, (N, 4, 84, 84), or the last one in colour,
-    (N, 1, 210, 160, 3)."""
+    """A VectorEnv of args.num_envs games. By ale-py's defaults, a step repeats its action
+    for 4 frames, and an observation is the last 4 steps in grey, (N, 4, 84, 84). in_colour,
+    it is the last step, (N, 1, 210, 160, 3)."""
     game = (
         args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4")
     )
@@ -487,7 +501,8 @@ def make_envs(args, in_colour=False):
 
 def start_envs(args, iteration, in_colour=False):
     """New games and their first observations. All that is random from here on follows from
-    seed, iteration and process, so a resumed run does not repeat its beginning."""
+    seed, iteration and process. So a resumed run goes on with new random numbers, and two
+    resumed from the same checkpoint are alike."""
     seed = int(np.random.default_rng([args.seed, iteration, RANK]).integers(2**30))
     torch.manual_seed(seed)
     envs = make_envs(args, in_colour)
@@ -535,7 +550,7 @@ class Run:
         try:
             if self.checkpoint is not None:
                 for name, size in self.checkpoint["log_sizes"].items():
-                    os.truncate(self.directory / name, size)  # later rows come again
+                    os.truncate(self.directory / name, size)  # later rows are written again
             else:
                 self.directory = make_directory(self.args)
             self.metrics_file = self.opened.enter_context(
@@ -557,11 +572,12 @@ class Run:
         if self.args.track:
             import wandb  # only here, since it is slow to import
 
-            can_log = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+            # With WANDB_MODE or a login, wandb chooses the mode (None); else offline.
+            decided = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
             name = self.directory.resolve().name
             run = {"id": name, "name": name, "resume": "allow"}  # same id: same run
             run |= {"dir": self.directory, "config": vars(self.args)}
-            self.wandb = wandb.init(**run, mode=None if can_log else "offline")
+            self.wandb = wandb.init(**run, mode=None if decided else "offline")
             self.opened.callback(self.wandb.finish)
 
     def log(self, iteration, metrics, rewards, new_game):
@@ -659,47 +675,19 @@ def load_run(run_dir):
         raise UsageError(message) from error
 
 
-def load_agent(run_dir):
-    """The trained agent of a run, on the CPU. For a tensor obs (N, 4, 84, 84), its actions
-    are agent.act(agent.features(obs))."""
+def load_agent(run_dir, device="cpu"):
+    """The trained agent of a run. For a tensor obs (N, 4, 84, 84), its actions are
+    agent.act(agent.features(obs))."""
     args, checkpoint = load_run(run_dir)
     envs = make_envs(args)  # for their spaces
-    agent = Agent(envs, args)
-    agent.bf16 = choose_bf16(args, torch.device("cpu"))
+    agent = Agent(envs, args).to(device)
+    agent.bf16 = choose_bf16(args, torch.device(device))
     envs.close()
     agent.load_state_dict(checkpoint["agent"])
     return agent.requires_grad_(False)
 
 
-# ---------- Command line ----------
-def check(args):
-    """Raises UsageError if a flag makes no sense."""
-    ranges = {"num_steps": (8, math.inf), "gamma": (0, 1), "gae_lambda": (0, 1)}
-    positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
-    ranges |= dict.fromkeys(positive.split(), (1, math.inf))
-    ranges |= {"sticky_actions": (0, 1), "max_episode_frames": (400, math.inf)}
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (0, math.inf))
-        if isinstance(value, int | float) and not low <= value <= high:  # or if nan
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
-
-    if args.evaluate is not None:
-        if args.resume is not None:
-            raise UsageError("--resume and --evaluate exclude each other")
-        if WORLD_SIZE > 1:
-            raise UsageError("--evaluate plays in one process, without torchrun")
-        return
-    rows, parts = args.num_envs * args.num_steps, args.num_minibatches
-    steps = rows * WORLD_SIZE
-    if args.total_timesteps < steps:
-        raise UsageError(f"--total-timesteps {args.total_timesteps}: must be >= {steps}")
-    if rows % parts > 0 or rows < 2 * parts:  # (norm) needs two rows
-        raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
-    if args.greedy or args.capture_video:
-        raise UsageError("--greedy and --capture-video need --evaluate")
-
-
+# ---------- Devices ----------
 def set_up_torch(args):
     """Sets the number of CPU threads; returns the device."""
     if args.threads is not None:
@@ -724,6 +712,7 @@ def choose_bf16(args, device):
 
 def start_together(agent, device):
     """Waits for all processes, and gives them the weights of process 0."""
+    # nccl connects GPUs, gloo CPUs.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for parameter in agent.parameters():
         dist.broadcast(parameter.data, 0)
@@ -731,13 +720,14 @@ def start_together(agent, device):
 
 def average(tensor):
     """Replaces a tensor by its mean over all processes; returns it."""
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor)  # now the sum
     return tensor.div_(WORLD_SIZE)
 
 
 def compiled(function):
-    """torch.compile of loss and backward as one graph; on a GPU with CUDA graphs."""
-    torch._dynamo.config.trace_autograd_ops = True  # else backward gets a graph of its own
+    """torch.compile of a function as one graph, even if it calls backward; on a GPU, the
+    whole graph is then started by one call (CUDA graphs)."""
+    torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, mode="reduce-overhead")
 
 
@@ -745,6 +735,36 @@ def check_finite(agent, iteration):
     """Stops a training that has gone wrong, before anything is saved."""
     if not all(value.isfinite().all() for value in agent.state_dict().values()):
         raise FloatingPointError(f"iteration {iteration}: the agent has a nan or infinity")
+
+
+# ---------- Command line ----------
+def check(args):
+    """Raises UsageError if a flag makes no sense."""
+    ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "sticky_actions": (0, 1)}
+    ranges["num_steps"] = (8, math.inf)  # a few steps could all be FIRE or resets
+    ranges["max_episode_frames"] = (400, math.inf)  # no-ops at the start count, too
+    positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
+    ranges |= dict.fromkeys(positive.split(), (1, math.inf))
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (0, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:  # or if nan
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value}: must be in [{low}, {high}]")
+
+    if args.evaluate is not None:
+        if args.resume is not None:
+            raise UsageError("--resume and --evaluate exclude each other")
+        if WORLD_SIZE > 1:
+            raise UsageError("--evaluate plays in one process, without torchrun")
+        return
+    rows, parts = args.num_envs * args.num_steps, args.num_minibatches
+    steps = rows * WORLD_SIZE
+    if args.total_timesteps < steps:
+        raise UsageError(f"--total-timesteps {args.total_timesteps}: must be >= {steps}")
+    if rows % parts > 0 or rows < 2 * parts:  # (norm) needs two rows
+        raise UsageError(f"--num-minibatches {parts}: must divide {rows}, >= 2 rows each")
+    if args.greedy or args.capture_video:
+        raise UsageError("--greedy and --capture-video need --evaluate")
 
 
 def parse():
@@ -772,8 +792,7 @@ def main():
             train(args)
             return
         check(args)
-        agent = load_agent(args.evaluate).to(set_up_torch(args))
-        scores = evaluate(agent, args)
+        scores = evaluate(load_agent(args.evaluate, set_up_torch(args)), args)
         print(f"mean return {scores.mean():.6g}, standard deviation {scores.std():.6g}:")
         print(*(f"{score:.6g}" for score in scores.flatten()))
     except UsageError as error:
@@ -786,6 +805,7 @@ def main():
 if __name__ == "__main__":
     main()
 
+# The packages that `uv run` installs for this file:
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
