@@ -91,11 +91,12 @@ def rlhf():
     table = load("rlhf")
     reference, runs = table[table.beta == "reference"], table[table.beta != "reference"]
     means = runs.groupby(runs.beta.astype(float))[["kl", "proxy", "true"]].mean()
-    for axis, measure, color in zip(axes, ("proxy", "true"), ("C1", "C0")):
+    for axis, measure, color, side in zip(axes, ("proxy", "true"), ("C1", "C0"), (-1, 1)):
         axis.plot(runs.kl, runs[measure], "o", color=color, alpha=0.4, markersize=4)
         axis.plot(means.kl, means[measure], color=color, linewidth=2)
         for beta, mean in means.iterrows():
-            place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+            place = {"xytext": (8 * side, 4), "ha": "left" if side > 0 else "right"}
+            place["textcoords"] = "offset points"
             axis.annotate(f"β = {beta:g}", (mean.kl, mean[measure]), **place)
         axis.axhline(reference[measure].item(), color=GREY, linestyle=":")
         title = f"{measure} return (dotted: reference)"
