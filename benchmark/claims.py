@@ -62,11 +62,12 @@ def first_effects(claim, same_seeds=False):
     for label, tasks in comparisons(claim).items():
         scores = {}
         for task, (arm, base, _) in tasks.items():
-            names = [arm, base, "plain" if base.startswith("plain") else "base"]
-            arms = [values(task, name, FIRST, column) for name in dict.fromkeys(names)]
+            reference = "plain" if base.startswith("plain") else "base"
+            names = dict.fromkeys([arm, base, reference])
+            arms = [values(task, name, FIRST, column) for name in names]
             arms = paired(arms) if same_seeds else [x.to_numpy() for x in arms]
-            scores[task] = arms if len(arms) == 3 else [*arms, arms[1]]
-        if all(len(arms[0]) for arms in scores.values()):
+            scores[task] = arm, base, reference, dict(zip(names, arms))
+        if all(len(arms[arm]) for arm, *_, arms in scores.values()):
             found[label] = drawn_effects(scores, random_returns(), same_seeds)
     return found
 

@@ -46,17 +46,18 @@ def t_interval(mean, variance, freedom, level):
 def drawn_effects(scores, random, paired=False):
     """(mean of the arm − of the base) / (mean of the reference − random policy's return).
 
-    scores: {task: (arm, base, reference)}, random: {task: return} → {task: (effect, low,
-    high)} with 95 % bootstrap intervals, and "all": the plain mean over tasks. A base that
-    is the reference, too, is resampled once. paired: the same seeds of all three."""
+    scores: {task: (names of arm, base, reference, {name: scores})}, random: {task: return}
+    → {task: (effect, low, high)} with 95 % bootstrap intervals, and "all": the plain mean
+    over tasks. A name that comes twice is resampled once; paired: the same seeds of all."""
     effects, draws, rng = {}, [], np.random.default_rng(0)
-    for task, (arm, base, reference) in scores.items():
+    for task, (*names, arms) in scores.items():
 
-        def effect(arm, base, reference=None, axis=-1, task=task):
-            scale = (base if reference is None else reference).mean(axis) - random[task]
-            return (arm.mean(axis) - base.mean(axis)) / scale
+        def effect(*samples, axis=-1, task=task, names=names, arms=arms):
+            means = dict(zip(arms, (sample.mean(axis) for sample in samples)))
+            arm, base, reference = (means[name] for name in names)
+            return (arm - base) / (reference - random[task])
 
-        samples = (arm, base) if reference is base else (arm, base, reference)
+        samples = tuple(arms.values())
         draws.append(draw(samples, effect, rng, paired))
         effects[task] = (effect(*samples), *np.percentile(draws[-1], [2.5, 97.5]))
     mean = np.mean([effect for effect, _, _ in effects.values()])

@@ -22,10 +22,8 @@ import ppo  # noqa: E402 (the line above finds it)
 BETAS, BONUS = (0, 0.1, 0.3, 1, 3), 2
 COLUMNS = ["beta", "seed", *results.MADE_BY, "kl", "proxy", "true"]
 FLAGS = "--total-timesteps 300000 --num-envs 16 --num-steps 256 --num-minibatches 32 "
-FLAGS += (
-    "--update-epochs 10 --gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003 --norm-obs "
-)
-FLAGS += f"--norm-reward --runs-dir {results.ROOT}/runs/rlhf"
+FLAGS += "--update-epochs 10 --gamma 0.995 --learning-rate 3e-4 --ent-coef 0.003 "
+FLAGS += f"--norm-obs --norm-reward --runs-dir {results.ROOT}/runs/rlhf"
 
 
 def near_the_pad(obs):

@@ -30,10 +30,9 @@ from results import ROOT
 from studies import CLAIMS_TASKS, STUDIES, runs
 
 HERE = Path(__file__).parent
-TOOLS = (
-    "env_id seed threads runs_dir save_every resume track evaluate eval_episodes greedy "
-)
-TOOLS += "capture_video"  # flags that say nothing about training, or have a column
+# Flags that say nothing about training, or have a column of their own.
+TOOLS = "env_id seed threads runs_dir save_every resume track evaluate eval_episodes "
+TOOLS += "greedy capture_video"
 
 
 def name_of(run):

@@ -91,13 +91,7 @@ def train_peer(package, script):
     """Prints the steps per second of the package's PPO."""
     torch.set_num_threads(THREADS[script])
     policy, rate, clip, sizes = "MlpPolicy", 2.5e-4, 0.2, {"pi": [64, 64], "vf": [64, 64]}
-    options = {
-        "n_steps": 128,
-        "batch_size": 128,
-        "n_epochs": 4,
-        "ent_coef": 0.01,
-        "seed": 1,
-    }
+    options = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01}
     if script == "ppo":
         envs = make_vec_env("CartPole-v1", 4)
     elif script == "ppo_continuous":
@@ -111,7 +105,7 @@ def train_peer(package, script):
         policy, clip, options["batch_size"] = "CnnPolicy", 0.1, 256
     if policy == "MlpPolicy":
         options["policy_kwargs"] = {"net_arch": sizes}
-    options |= {"learning_rate": lambda left: rate * left, "clip_range": clip}
+    options |= {"learning_rate": lambda left: rate * left, "clip_range": clip, "seed": 1}
     if package == "stable_baselines3":  # SBX does not clip the value loss
         options |= {"clip_range_vf": clip, "device": "cpu"}
     algorithm, clock = importlib.import_module(package).PPO, Clock(STEPS[script][1])

@@ -177,7 +177,8 @@ def test_intervals_against_worked_numbers():
     found = estimates.paired_effects(scores, {"a": 1.0})["a"]
     assert found == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
     base, arm = np.array([90.0, 110.0] * 10), np.array([55.0, 65.0] * 5)
-    effects = estimates.drawn_effects({"a": (arm, base, base)}, {"a": 0.0})
+    arms = {"arm": arm, "base": base}
+    effects = estimates.drawn_effects({"a": ("arm", "base", "base", arms)}, {"a": 0.0})
     effect, low, high = effects["a"]
     assert effect == pytest.approx(-0.4) == effects["all"][0]
     assert -0.46 < low < -0.42 and -0.38 < high < -0.34  # standard error 0.02
