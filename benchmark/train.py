@@ -34,7 +34,8 @@ def main():
         changed = replace(args, num_envs=envs, eval_episodes=episodes, greedy=greedy)
         changed = replace(changed, resume=None, evaluate=args.runs_dir)
         means[str(name)] = float(script.evaluate(agent, changed).mean())
-        file.write_text(json.dumps(means))
+        file.with_suffix(".tmp").write_text(json.dumps(means))
+        file.with_suffix(".tmp").replace(file)  # in one move, so that it is always complete
 
     def after_iteration(agent, metrics):
         if metrics["iteration"] in milestones:
