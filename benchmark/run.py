@@ -88,7 +88,7 @@ def parts_of(values):
     return [np.nanmean(part) if np.isfinite(part).any() else np.nan for part in parts]
 
 
-def rows_of(run, run_dir):
+def rows_of(run, run_dir, made_by):
     """The row of a finished run, and the rows of its curves."""
     study, args = STUDIES[run.study], json.loads((run_dir / "args.json").read_text())
     episodes, metrics = (pd.read_csv(run_dir / f"{x}.csv") for x in ("episodes", "metrics"))
@@ -97,7 +97,7 @@ def rows_of(run, run_dir):
     returns, ended = episodes.episodic_return.to_numpy(), episodes.global_step.to_numpy()
     steps = int(metrics.global_step.iloc[-1])
     flags = " ".join(f"{name}={args[name]}" for name in args if name not in TOOLS.split())
-    row = [*run[:-1], flags, *results.made_by(run.script), args["threads"], steps]
+    row = [*run[:-1], flags, *made_by, args["threads"], steps]
     row += [f"{metrics.seconds.max() / 60:.4g}", len(returns), returns[-100:].mean()]
     row += [returns[ended > 0.75 * steps].mean(), returns.mean()]
     row += [played.get("sampled"), played.get("greedy"), study.played or None, ""]
@@ -117,8 +117,9 @@ def rows_of(run, run_dir):
 def execute(run, args):
     """Trains, appends, cleans up; one that fails does not stop the others."""
     try:
+        made_by = results.made_by(run.script)  # now: the script may change meanwhile
         run_dir = train(run, args.work.resolve(), args.threads, args.resume)
-        row, curves = rows_of(run, run_dir)
+        row, curves = rows_of(run, run_dir, made_by)
         results.append(f"{run.study}.curves.csv", results.CURVE_COLUMNS, curves)
         results.append(f"{run.study}.csv", results.COLUMNS, [row])
         shutil.rmtree(args.work / run.study / name_of(run))
