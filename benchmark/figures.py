@@ -70,12 +70,12 @@ def learning(tasks, with_sb3=False):
 
 
 def diagnostics():
-    """Metrics of healthy runs beside those of runs with ten times the learning rate."""
+    """Metrics of healthy runs beside those with a hundred times the learning rate."""
     names = "return approx_kl clipfrac entropy explained_variance grad_norm".split()
     limits = {"return": (-250, 320), "explained_variance": (0, 1.05)}
     figure, axes = panels(6, (2.84, 2.5))
     for axis, name in zip(axes, names):
-        for color, arm in (("C0", "healthy"), ("C1", "learning-rate-x10")):
+        for color, arm in (("C0", "healthy"), ("C1", "learning-rate-x100")):
             share, curves = curves_of(select(LUNAR, arm, "diagnostics"), name)
             axis.plot(share, curves.T, color=color, linewidth=0.9, alpha=0.6)
             axis.plot(share, np.nanmean(curves, 0), color=color, linewidth=2.5, label=arm)

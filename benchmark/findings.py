@@ -81,6 +81,11 @@ def verdicts():
     return pd.DataFrame(rows, columns=["claim", f"effect {CI}", "verdict"])
 
 
+def short_verdicts():
+    table = verdicts()[["claim", "verdict"]]
+    return table.assign(**{"#": range(1, len(table) + 1)})[["#", "claim", "verdict"]]
+
+
 # ---------- Numbers in the prose ----------
 def effect(claim, label, task="all"):
     return interval(*claims.first_effects(claim)[label][task])
@@ -104,8 +109,8 @@ def mean_metric(arm, name):
     return f"{np.nanmean(claims.metric(arm, name)):.2g}"
 
 
-def final(task, column):
-    found = final_runs(task)[column]
+def final(task, column, arm="default"):
+    found = final_runs(task, arm)[column]
     return number(iqm(found) if column == "score" else found.median())
 
 
@@ -115,8 +120,10 @@ def speedup(script, program, machine=""):
     return f"{(rounds[program] / rounds['stable-baselines3']).median():.1f}"
 
 
-def lines(script):
-    return str(len((ROOT / script).read_text().splitlines()))
+def lines(script, section=""):
+    """Of a script, or of its part before this section."""
+    text = (ROOT / script).read_text()
+    return str(text[: text.index(f"# ---------- {section}") if section else None].count("\n"))
 
 
 def rlhf_verdict(part=None):

@@ -11,6 +11,7 @@ from studies import CHEETAH, CHOSEN, LUNAR, MUJOCO, runs
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO, "Ant-v4"]
 TASKS += ["BipedalWalker-v3", "Pendulum-v1", "Pong", "Breakout", "BeamRider"]
+EXAMPLES = ["CartPole-v1", LUNAR, CHEETAH, "Breakout"]
 PROTOCOLS = ["training", "sampled", "greedy", "best"]
 CI = "[95\u00a0%]"  # with a space that does not break
 
@@ -151,6 +152,12 @@ def hyperparameters():
     return table[["task", "arm", "script", "flags", "variation"]].replace("``", "defaults")
 
 
+def flags(task, arm="default"):
+    """Those of a row of the results; nothing if they are the defaults."""
+    table = hyperparameters().set_index(["task", "arm"])
+    return table.loc[(task, arm), "flags"].replace("defaults", "")
+
+
 # ---------- Studies ----------
 def arms(study, column="score"):
     """Mean ± standard deviation of each arm, with the number of seeds."""
@@ -183,16 +190,21 @@ def tuned():
 
 
 def diagnostics():
-    """Metrics in the first and in the last tenth of one run of each script."""
+    """Metrics in the first and in the last tenth of a run of each script, and of one that
+    fails."""
+    found = {task.split("-")[0]: final_runs(task) for task in EXAMPLES}
+    found["LunarLander, failing"] = select(LUNAR, "learning-rate-x100", "diagnostics")
+    metrics = "return approx_kl clipfrac entropy explained_variance grad_norm".split()
     rows = []
-    for task in ("CartPole-v1", LUNAR, CHEETAH, "Breakout"):
-        found = final_runs(task)
-        run, row = next(found[found.note == ""].itertuples()), {"run": task.split("-")[0]}
-        for name in ("clipfrac", "approx_kl", "entropy", "explained_variance", "grad_norm"):
-            points = curve(run, name)
-            ends = [f"{np.nanmean(part):.2g}" for part in (points[:10], points[-10:])]
-            row[f"`{name}`"] = " → ".join(ends).replace("-", "−")
-        rows.append(row)
+    for name, table in found.items():
+        for run in table[table.note == ""].head(1).itertuples():
+            row = {"run": name}
+            for metric in metrics:
+                points = curve(run, metric)
+                ends = [np.nanmean(part) for part in (points[:10], points[-10:])]
+                ends = [number(x, 0) if metric == "return" else f"{x:.2g}" for x in ends]
+                row[f"`{metric}`"] = " → ".join(ends).replace("-", "−")
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
