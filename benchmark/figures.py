@@ -44,10 +44,9 @@ def curves_of(runs, name="return"):
 
 
 # ---------- Learning ----------
-def learning(tasks, with_sb3=False):
+def learning(tasks):
     """Thin: seeds; thick: interquartile mean; orange: the best published scores."""
     figure, axes = panels(len(tasks), (2.84, 2.6))
-    peers = {"default": "stable-baselines3", "rl-zoo3": "the same, rl-zoo3's flags"}
     for axis, task in zip(axes, tasks):
         runs = final_runs(task)
         share, curves = curves_of(runs)
@@ -59,11 +58,6 @@ def learning(tasks, with_sb3=False):
         axis.axhline(training, color="C1", linestyle="--", label="best published: training")
         others = max((mean for mean in others if np.isfinite(mean)), default=np.nan)
         axis.axhline(others, color="C1", linestyle=":", label="best published: evaluation")
-        for color, (arm, name) in zip(("C2", "C3"), peers.items()):
-            runs = select(task, arm, "sb3")
-            if with_sb3 and len(runs):
-                share, curves = curves_of(runs)
-                axis.plot(share, iqm(curves, axis=0), color=color, label=name)
         axis.set(title=task, xlabel="million steps")
     legend(figure, axes, 3)
     return figure
@@ -169,7 +163,7 @@ HEADLINE = ["CartPole-v1", LUNAR, CHEETAH, "Hopper-v5", "Walker2d-v5", "Breakout
 FIGURES = {
     "headline": partial(learning, HEADLINE),
     "curves-ppo": partial(learning, ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR]),
-    "curves-continuous": partial(learning, [*MUJOCO, "Ant-v4"], with_sb3=True),
+    "curves-continuous": partial(learning, [*MUJOCO, "Ant-v4"]),
     "curves-atari": partial(learning, ["Pong", "Breakout", "BeamRider"]),
     "diagnostics": diagnostics,
     "rlhf": rlhf,

@@ -1,5 +1,6 @@
 """Tables, verdicts and single numbers for claims.md and for the prose of both READMEs."""
 
+import ast
 import re
 
 import claims
@@ -69,21 +70,13 @@ def verdict(claim):
 
 
 def verdicts():
-    """Statement and verdict of each claim, as claims.md has them, and its effects."""
+    """Statement and verdict of each claim, as claims.md has them."""
     text, rows = (ROOT / "benchmark/claims.md").read_text(), []
     text = re.sub("<!-- .*? -->", "", text)
     for section in text.split("\n### ")[1:]:
-        number, statement = section.splitlines()[0].split(". ", 1)
-        found = claims.judge(claims.NAMES[int(number)]).items()
-        effects = "; ".join(f"{label}: {each_task(x)}" for label, (x, _, _) in found)
         words = re.search(r"\*\*Verdict: (.*?)\.?\*\*", section, re.S)[1]
-        rows.append([statement, effects, re.sub("[ \n]+", " ", words)])
-    return pd.DataFrame(rows, columns=["claim", f"effect {CI}", "verdict"])
-
-
-def short_verdicts():
-    table = verdicts()[["claim", "verdict"]]
-    return table.assign(**{"#": range(1, len(table) + 1)})[["#", "claim", "verdict"]]
+        rows.append([*section.splitlines()[0].split(". ", 1), re.sub("[ \n]+", " ", words)])
+    return pd.DataFrame(rows, columns=["#", "claim", "verdict"])
 
 
 # ---------- Numbers in the prose ----------
@@ -121,9 +114,16 @@ def speedup(script, program, machine=""):
 
 
 def lines(script, section=""):
-    """Of a script, or of its part before this section."""
+    """Of a script, or of its part before a section."""
     text = (ROOT / script).read_text()
-    return str(text[: text.index(f"# ---------- {section}") if section else None].count("\n"))
+    return str(text.partition(f"# ---------- {section or '?'}")[0].count("\n"))
+
+
+def code(script, name):
+    """A definition of a script, word for word."""
+    text = (ROOT / script).read_text()
+    node = next(x for x in ast.parse(text).body if getattr(x, "name", "") == name)
+    return f"\n```python\n{ast.get_source_segment(text, node)}\n```\n"
 
 
 def rlhf_verdict(part=None):

@@ -21,12 +21,12 @@ import tables
 from results import RESULTS, ROOT
 
 FILES = ["benchmark/claims.md", "benchmark/README.md", "README.md"]
-NAMES = "results compared counts hyperparameters arms defaults tuned diagnostics speed rlhf flags"
+NAMES = "results compared counts flags hyperparameters arms defaults tuned diagnostics "
+NAMES += "speed rlhf"
 FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
-NAMES = "effects ladder verdict verdicts short_verdicts effect kl_range scores mean_score mean_metric "
-NAMES += "final speedup lines rlhf_verdict"
+NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "
+NAMES += "final speedup lines code rlhf_verdict"
 FILLERS |= {name.replace("_", "-"): getattr(findings, name) for name in NAMES.split()}
-FILLERS["code"] = lambda script, name: code(script, name)
 PARTS = ["rollout", "advantages", "update"]  # of the training loop
 MARKS = ["# 1. Rollout", "# 2. Advantages", "# 3. Update", "check_finite(agent"]
 
@@ -53,13 +53,6 @@ def places(script):
     found = {node.name: (node.lineno, node.end_lineno) for node in reversed(nodes)}
     starts = [source[: source.index(mark)].count("\n") + 1 for mark in MARKS]
     return found | {name: (x, y - 1) for name, x, y in zip(PARTS, starts, starts[1:])}
-
-
-def code(script, name):
-    """A definition, word for word."""
-    first, last = places(script)[name]
-    lines = (ROOT / script).read_text().splitlines()[first - 1 : last]
-    return "\n".join(["\n```python", *lines, "```\n"])
 
 
 def link(found):
