@@ -1,82 +1,54 @@
-"""Small environments for the tests. Importing this registers them, as an id like
-environments:Stub-v0 does."""
+"""Small environments for the tests. Importing this registers them.
+
+NAME-v0 has two discrete actions, NAMEBox-v0 is the same with one continuous action, and
+`Pictures` shows any of them as ppo_atari.py wants it.
+"""
 
 import os
 import time
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.vector import AutoresetMode
 
 
 class Stub(gym.Env):
-    """Episodes of five steps with reward 1; the spaces come from the registration."""
+    """Episodes of `length` steps with reward 1, or endless ones; the spaces come from the
+    registration. A step takes $SLOW seconds, so that a test can stop it."""
 
     metadata = {"render_modes": []}
 
-    def __init__(self, observations=None, actions=None, render_mode=None):
+    def __init__(self, observations=None, actions=None, length=5, render_mode=None):
         self.observation_space = observations or gym.spaces.Box(-1, 1, (2,))
         self.action_space = actions or gym.spaces.Discrete(2)
-        self.steps = 0
+        self.length, self.steps = length, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
         self.steps = 0
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        self.steps += 1
-        return self.observation_space.sample(), 1.0, self.steps == 5, False, {}
-
-
-gym.register("Stub-v0", Stub)
-gym.register("StubShort-v0", Stub, max_episode_steps=1)
-
-
-# For test_bad_input.py: one environment for each thing that ppo.py must refuse.
-
-
-def same_step_vector(num_envs, **kwargs):
-    """A vector environment that resets within the step that ends an episode."""
-    make = lambda: Stub(**kwargs)
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
-
-
-box = gym.spaces.Box(-1, 1, (2,))
-gym.register("StubMultiDiscrete-v0", Stub, kwargs={"actions": gym.spaces.MultiDiscrete([2, 3])})
-gym.register("StubSameStep-v0", Stub, vector_entry_point=same_step_vector)
-gym.register(
-    "StubBoxSameStep-v0", Stub, vector_entry_point=same_step_vector, kwargs={"actions": box}
-)
-
-
-# For test_runs.py.
-
-
-class NanReward(Stub):
-    """A Stub whose reward is not a number after good_steps steps of all its instances."""
-
-    good_steps = 0
-
-    def step(self, action):
-        NanReward.good_steps -= 1
-        observation, reward, *rest = super().step(action)
-        return observation, reward if NanReward.good_steps >= 0 else float("nan"), *rest
-
-
-class Slow(Stub):
-    """A Stub whose every step takes $SLOW seconds, so that a test can stop it."""
-
-    def step(self, action):
         time.sleep(float(os.environ.get("SLOW", 0)))
-        return super().step(action)
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.steps == self.length, False, {}
 
 
-gym.register("NanReward-v0", NanReward)
-gym.register("Slow-v0", Slow)
+class Faulty(Stub):
+    """A Stub that after good_steps steps of all instances has rewards that are not numbers,
+    or fails."""
 
+    good_steps, fails = 0, False
 
-# For test_training.py: known values, spaces that need flattening, a simulator that keeps state.
+    def step(self, action):
+        Faulty.good_steps -= 1
+        observation, reward, *rest = super().step(action)
+        if Faulty.good_steps < 0 and Faulty.fails:
+            raise RuntimeError("the environment is broken")
+        return observation, reward if Faulty.good_steps >= 0 else float("nan"), *rest
 
 
 class Ring(gym.Env):
@@ -101,48 +73,43 @@ class Ring(gym.Env):
         return self.state, reward, self.terminal and self.state == 0, False, {}
 
 
-class Mixed(Ring):
-    """A Ring whose observation is a Dict of a matrix and a Tuple of discrete values."""
+class Sides(gym.Env):
+    """Ten steps; the action that has the number of the state pays 1, another nothing."""
 
-    observation_space = gym.spaces.Dict(
-        {
-            "matrix": gym.spaces.Box(-1, 1, (2, 2)),
-            "tuple": gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.MultiBinary(2)]),
-        }
-    )
-
-    def observe(self):
-        values = (self.state, np.array([0, 1], np.int8))
-        return {"matrix": np.eye(2, dtype=np.float32), "tuple": values}
+    observation_space, action_space = gym.spaces.Discrete(2), gym.spaces.Discrete(2)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.steps, self.state = 0, int(self.np_random.integers(2))
+        return self.state, {}
+
+    def step(self, action):
+        reward = float(action == self.state)
+        self.steps, self.state = self.steps + 1, int(self.np_random.integers(2))
+        return self.state, reward, self.steps == 10, False, {}
+
+
+class Marathon(gym.Env):
+    """Counts its own steps: no limit is registered. A reward of 7 in step 1,700, the last.
+
+    The observation is 1 before that step, else 0.
+    """
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
+    length = 1700
+
+    def observe(self):
+        return np.array([self.steps == self.length - 1], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
         return self.observe(), {}
 
     def step(self, action):
-        return self.observe(), *super().step(action)[1:]
-
-
-class Walker(gym.Wrapper):
-    """BipedalWalker, whose solver keeps its state across resets, with four discrete actions."""
-
-    torques = np.array([[1, 0, -1, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 1, 0, 1]], np.float32)
-
-    def __init__(self):
-        super().__init__(gym.make("BipedalWalker-v3").unwrapped)
-        self.action_space = gym.spaces.Discrete(4)
-
-    def step(self, action):
-        return self.env.step(self.torques[action])
-
-
-gym.register("Ring-v0", Ring, max_episode_steps=4)
-gym.register("RingTerminal-v0", Ring, kwargs={"terminal": True})
-gym.register("Mixed-v0", Mixed, max_episode_steps=4)
-gym.register("Walker-v0", Walker, max_episode_steps=100)
-
-
-# For test_reference.py.
+        self.steps += 1
+        ended = self.steps == self.length
+        return self.observe(), 7.0 * ended, ended, False, {}
 
 
 class Bandit(gym.Env):
@@ -159,4 +126,87 @@ class Bandit(gym.Env):
         return np.ones(1, np.float32), self.rewards[action], True, False, {}
 
 
+class OneNumber(gym.ActionWrapper):
+    """Takes a number instead of two actions: 0 where it is negative, else 1."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def action(self, number):
+        return int(number[0] >= 0)
+
+
+def register(name, make, **options):
+    settings = options.pop("kwargs", {})
+    box = lambda **more: OneNumber(make(**settings, **more))
+    gym.register(f"{name}-v0", make, kwargs=settings, **options)
+    gym.register(f"{name}Box-v0", box, **options)
+
+
+register("Stub", Stub)
+register("StubShort", Stub, kwargs={"length": 1})
+register("Endless", Stub, kwargs={"length": None})
+register("Faulty", Faulty)
+register("Ring", Ring, max_episode_steps=4)
+register("RingTerminal", Ring, kwargs={"terminal": True})
+register("Sides", Sides)
+register("Marathon", Marathon)
+register("Pole", CartPoleEnv, max_episode_steps=60)
 gym.register("Bandit-v0", Bandit)
+
+
+# What the scripts must refuse.
+
+
+def same_step_vector(num_envs, **kwargs):
+    """A vector environment that resets within the step that ends an episode."""
+    make = lambda: Stub(**kwargs)
+    mode = AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
+
+
+def register_spaces(name, observations=None, actions=None):
+    spaces = {"observations": observations, "actions": actions}
+    gym.register(f"{name}-v0", Stub, kwargs=spaces)
+
+
+BOX = gym.spaces.Box(-1, 1, (2,))
+TUPLE = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.MultiBinary(2)])
+MATRIX = gym.spaces.Box(-1, 1, (2, 2))
+register_spaces("Mixed", gym.spaces.Dict({"matrix": MATRIX, "tuple": TUPLE}))
+register_spaces("MultiDiscrete", actions=gym.spaces.MultiDiscrete([2, 3]))
+register_spaces("FromOne", actions=gym.spaces.Discrete(2, start=1))
+register_spaces("Integers", actions=gym.spaces.Box(0, 3, (2,), np.int64))
+register_spaces("Empty", actions=gym.spaces.Box(-1, 1, (0,)))
+for suffix, actions in ("", None), ("Box", BOX):
+    register_spaces(f"Sequence{suffix}", gym.spaces.Sequence(BOX), actions)
+    register_spaces(f"Graph{suffix}", gym.spaces.Graph(BOX, None), actions)
+    settings = {"vector_entry_point": same_step_vector, "kwargs": {"actions": actions}}
+    gym.register(f"SameStep{suffix}-v0", Stub, **settings)
+
+
+class Pictures(gym.vector.VectorWrapper):
+    """Observations of D numbers as pictures of D bands, with AtariGames' info."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        (self.numbers,) = envs.single_observation_space.shape
+        self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+    def draw(self, obs):
+        levels = np.clip(64 + 64 * obs, 0, 255).astype(np.uint8)
+        bands = levels[:, np.arange(84) * self.numbers // 84]
+        shape = (self.num_envs, 4, 84, 84)
+        return np.broadcast_to(bands[:, None, :, None], shape).copy()
+
+    def reset(self, **kwargs):
+        self.done = np.zeros(self.num_envs, bool)
+        obs, info = self.env.reset(**kwargs)
+        return self.draw(obs), info
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        info |= {"valid": ~self.done, "new_game": self.done}
+        self.done = terminated | truncated
+        return self.draw(obs), reward, terminated, truncated, info

@@ -1,176 +1,161 @@
-"""What the README says is so."""
+"""What the READMEs say is so: links, flags, examples, columns, labels."""
 
-import json
+import ast
 import re
+import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
-import report
+from conftest import ROOT, SCRIPTS, read, train
 
 import ppo
 import ppo_atari
 import ppo_continuous
 
-LABELS = {  # label: the definition, or part of train, that cites it
-    "td": "compute_gae",
-    "gae": "compute_gae",
-    "norm": "normalize_advantages",
-    "ratio": "policy_loss",
-    "clip": "policy_loss",
-    "vf": "value_loss",
-    "vf-clip": "value_loss",
-    "total": "ppo_loss",
-    "valid": "advantages",
-    "obs-norm": "Agent",
-    "rew-norm": "scale_rewards",
-    "kl-ref": "train",
-}
-README = Path(__file__).parents[1] / "README.md"
+README = (ROOT / "README.md").read_text()
+FILES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", ROOT / "tests" / "README.md"]
+
+# Each label marks the same equation in a script and in the README.
+LABELS = dict.fromkeys(
+    SCRIPTS, "ratio clip vf vf-clip entropy total td gae return norm valid lr"
+)
+LABELS = {script: f"{labels} k1 k3 clipfrac ev" for script, labels in LABELS.items()}
+LABELS[ppo] += " categorical obs-norm rew-norm kl-ref"
+LABELS[ppo_continuous] += " gaussian action-map obs-norm rew-norm"
+LABELS[ppo_atari] += " categorical"
 
 
-@pytest.mark.parametrize("file", report.TABLES)
-def test_tables_and_line_numbers_are_those_of_today(file):
-    assert report.render(file) == (README.parent / file).read_text()
+def anchors(path):
+    """Those that GitHub gives to the headings of a file."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", title) for title in titles]
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in plain}
 
 
-@pytest.mark.parametrize("file", report.TABLES)
-def test_every_relative_link_leads_somewhere(file):
-    path = README.parent / file
-    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
-    assert len(links) > 5
-    for link in links:
-        if link.startswith("http"):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.S | re.M)
+    links = re.findall(r'\]\(([^)\s]+)\)|(?:src|href|srcset)="([^"]+)"', text)
+    for link in map("".join, links):
+        if re.match(r"\w+:", link):  # https:, mailto:
             continue
         name, _, anchor = link.partition("#")
         target = path.parent / name if name else path
         assert target.exists(), link
-        if anchor and not re.fullmatch(r"L\d+-L\d+", anchor):
-            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
-            kept = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
-            assert anchor in kept, link
-
-
-def test_labels_stand_at_the_lines_that_the_readme_links_to():
-    """The definition of each label is followed by a link to the lines of code that cite it."""
-    text = README.read_text()
-    for label, name in LABELS.items():
-        place = text.index(f"**({label})**")
-        found = re.compile(rf"\[`?{name}`?\]\((ppo\w*\.py)#L(\d+)-L(\d+)\)").search(text, place)
-        assert found, label
-        script, first, last = found.groups()
-        lines = (README.parent / script).read_text().splitlines()[int(first) - 1 : int(last)]
-        assert f"({label})" in "\n".join(lines), label
-
-
-def test_the_readme_stays_short():
-    """Code, maths, tables and links may be longer than 120 columns."""
-    text = README.read_text()
-    assert len(text.splitlines()) <= 450
-    assert len(text.split()) <= 6000
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
-    links = re.compile(r"\[[^]]*\]\(http[^)]*\)|\]\([^)]*\)")
-    written = [line for line in links.sub("", prose).splitlines() if line[:1] != "|"]
-    by_report = [links.sub("", line) for line in (*report.below(), *report.speed_line())]
-    assert [line for line in written if len(line) > 120 and line not in by_report] == []
-
-
-def test_every_column_of_the_metrics_is_explained(tmp_path):
-    run_dir = ppo.train(ppo.Args(total_timesteps=512, runs_dir=str(tmp_path)))
-    header = (run_dir / "metrics.csv").read_text().splitlines()[0]
-    table = README.read_text().split("| column | meaning |")[1].split("\n\n")[0]
-    explained = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row[:70])]
-    columns = header.split(",")
-    assert len(columns) > 15 and set(columns) <= set(explained)
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+        elif lines := re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor):
+            last = max(int(line) for line in lines.groups() if line)
+            assert last <= len(target.read_text().splitlines()), link
 
 
 def test_every_flag_that_the_readme_names_exists():
-    flags = set(re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", README.read_text()))
-    known = {"help", "index_url", "nproc_per_node", "check"}  # pip, torchrun, ruff
-    known |= {*vars(ppo.Args()), *vars(ppo_continuous.Args()), *vars(ppo_atari.Args())}
+    """Where it is our script that a line calls, or where the line is prose."""
+    others = r"^.*\b(pip|ruff|pytest|torchrun|git|patch|uv|report\.py|run\.py)\b.*$"
+    flags = set(
+        re.findall(r"--(?:no-)?([a-z][a-z0-9-]+)", re.sub(others, "", README, flags=re.M))
+    )
+    known = {"help"}.union(*(vars(script.Args()) for script in SCRIPTS))
     assert len(flags) > 10
     assert {flag.replace("-", "_") for flag in flags} - known == set()
 
 
-def test_the_results_are_of_todays_defaults():
-    # The former scripts made them. Some of their flags are gone; threads 0 and save_every 0 have no
-    # meaning any more, but no result used them.
-    for module, run, but in (
-        (ppo, "ppo/CartPole-v1-1", {}),
-        (ppo_continuous, "continuous/HalfCheetah-v5-6", {"compile": True, "seed": 6}),
-        (ppo_atari, "atari/Breakout-10M-1", {"env_id": "Breakout", "threads": 2}),
-    ):
-        args = json.loads((report.RESULTS / f"{run}.args.json").read_text())
-        args.pop("exp_name", None)
-        args.pop("script", None)
-        assert args.pop("norm_adv_over", "minibatch") == "minibatch"
-        today = {**vars(module.Args()), "threads": 1, **but}
-        args.pop("wandb_project_name", None)
-        if args.get("vectorization_mode") == "auto":  # the former name of None
-            args["vectorization_mode"] = None
-        assert args == {name: today[name] for name in args}  # not the flags that are newer
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_equation_of_a_script_is_explained(script):
+    text = Path(script.__file__).read_text()
+    for label in LABELS[script].split():
+        assert f"({label})" in text and f"({label})" in README, label
 
 
-def test_every_equation_of_the_scripts_is_explained():
-    text, here = README.read_text(), Path(__file__).parent
-    all_three = "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac"
-    only = {
-        "ppo.py": "categorical obs-norm rew-norm kl-ref",
-        "ppo_continuous.py": "gaussian action-map obs-norm rew-norm",
-        "ppo_atari.py": "categorical",
-    }
-    for name, more in only.items():
-        script = (here.parent / name).read_text()
-        for label in f"{all_three} {more}".split():
-            assert f"({label})" in script and f"**({label})**" in text, label
+def test_every_column_of_the_metrics_is_explained(script, tmp_path):
+    """In a row of a table, at its beginning."""
+    columns = read(train(script, tmp_path) / "metrics.csv")[0]
+    rows = re.findall(r"^\| ([^|]*) \|", README, re.M)
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert len(columns) > 15 and set(columns) - explained == set()
 
 
-def test_the_command_of_the_tests_is_what_ci_runs():
-    line = next(line for line in README.read_text().splitlines() if "pytest tests" in line)
-    assert all(f"{command} && " in line for command in ("ruff check", "ruff format --check"))
-    pins = (Path(__file__).parent / "requirements.txt").read_text()
-    assert re.search(r"^ruff==[\d.]+$", pins, re.M)
+def test_the_command_of_the_tests_is_the_one_that_runs_here():
+    """.ci/run runs this line."""
+    (line,) = re.findall(r"^.*pytest tests.*$", README, re.M)
+    commands = line.split(" && ")
+    assert commands[0] == "pip install -r tests/requirements.txt"
+    assert commands[1:3] == ["ruff check", "ruff format --check"]
+    assert commands[3] == 'pytest tests -n 2 -m "not slow"'
 
 
-def example(part):
-    """The one example in Python that holds this text."""
-    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    (code,) = [code for code in found if part in code]
-    return code
+def test_tests_and_functions_that_the_table_of_details_names_exist():
+    text = (ROOT / "tests" / "README.md").read_text()
+    files = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 20 and [name for name in named if f"def {name}(" not in files] == []
+    scripts = "\n".join(Path(script.__file__).read_text() for script in SCRIPTS)
+    for cell in re.findall(r"^\| [^|]+ \| `([\w.]+)`", text, re.M):
+        name = cell.split(".")[-1]
+        assert re.search(rf"(def|class) {name}\b", scripts), cell
 
 
-def test_the_example_of_using_a_trained_agent_runs(tmp_path):
-    run_dir = ppo.train(ppo.Args(total_timesteps=512, runs_dir=str(tmp_path)))
-    names = {}
-    exec(example("load_agent").replace("runs/DIR", str(run_dir)), names)
-    assert names["action"].shape == (4,) and set(names["action"]) <= {0, 1}
+# Examples in Python
 
 
-def test_the_example_of_an_environment_is_learned(tmp_path, monkeypatch):
-    (tmp_path / "corridor.py").write_text(example("class Corridor"))
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = {"env_id": "corridor:Corridor-v0", "total_timesteps": 20_480}
-    run_dir = ppo.train(ppo.Args(runs_dir=str(tmp_path), learning_rate=1e-3, **flags))
-    rows = (run_dir / "episodes.csv").read_text().splitlines()
-    assert all(row.split(",")[2] == "10" for row in rows[-3:])  # straight to the end
+def without_docstrings(tree):
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.FunctionDef) and isinstance(body[0], ast.Expr):
+            body[:1] = []
+    return ast.unparse(tree)
 
 
-def test_the_example_of_an_environment_can_have_continuous_actions(tmp_path, monkeypatch):
-    code = example("class Corridor").replace("action == 1", "action[0] > 0")
-    code = code.replace("gym.spaces.Discrete(2)", "gym.spaces.Box(-1, 1, (1,), np.float32)")
-    (tmp_path / "corridor_continuous.py").write_text(code.replace("Corridor-v0", "CorridorBox-v0"))
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = {"env_id": "corridor_continuous:CorridorBox-v0", "total_timesteps": 20_480}
-    run_dir = ppo_continuous.train(ppo_continuous.Args(runs_dir=str(tmp_path), **flags))
-    rows = (run_dir / "episodes.csv").read_text().splitlines()
-    assert all(float(row.split(",")[2]) < 30 for row in rows[-3:])
+def functions(text):
+    """{name: code without comments and docstring} of the functions of a module."""
+    nodes = ast.parse(text).body
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {node.name: without_docstrings(node) for node in functions}
 
 
-def test_the_example_of_plotting_draws_every_run(tmp_path, monkeypatch):
-    for seed in (1, 2):
-        flags = {"total_timesteps": 5120, "seed": seed, "runs_dir": str(tmp_path / "runs")}
-        ppo.train(ppo.Args(**flags))
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
+OURS = functions(Path(ppo.__file__).read_text())
+SHOWN = [code for code in EXAMPLES if functions(code).keys() & OURS.keys()]
+RUN = [code for code in EXAMPLES if code not in SHOWN]
+
+
+def test_functions_that_the_readme_shows_are_those_of_the_scripts():
+    for code in SHOWN:
+        for name, text in functions(code).items():
+            assert text == OURS[name], name
+
+
+@pytest.fixture
+def beside_runs(tmp_path, monkeypatch):
+    """A directory with two runs, of which one is called DIR."""
+    runs = [
+        train(ppo, tmp_path / "runs", env_id="CartPole-v1", seed=seed) for seed in (1, 2)
+    ]
+    shutil.move(runs[0], tmp_path / "runs" / "DIR")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example("genfromtxt"), names)
-    assert len(names["plt"].gca().lines) == 2 and (tmp_path / "returns.png").stat().st_size > 5000
-    names["plt"].close()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", RUN, ids=lambda code: code.split("\n")[0])
+def test_the_examples_run(beside_runs, code):
+    """As a program beside runs/. An environment that one registers is learned."""
+    known = set(gym.registry)
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+    for env_id in set(gym.registry) - known:
+        envs = gym.make_vec(env_id)
+        discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
+        script = ppo if discrete else ppo_continuous
+        settings = script.Args(env_id, total_timesteps=20_480, learning_rate=1e-3)
+        settings.runs_dir = str(beside_runs / "learned")
+        episodes = read(script.train(settings) / "episodes.csv")
+        returns = [float(row["episodic_return"]) for row in episodes]
+        third = len(returns) // 3
+        assert sum(returns[-third:]) > sum(returns[:third])
+
+
+def test_there_are_examples():
+    """Of using an agent, writing an environment, plotting."""
+    assert len(RUN) >= 3

@@ -1,0 +1,578 @@
+"""Every equation, pinned to numbers in each script that has it; labels as in the README."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import stable_baselines3
+import torch
+from stable_baselines3.common.buffers import RolloutBuffer
+
+import ppo
+import ppo_atari
+import ppo_continuous
+
+discrete = pytest.mark.parametrize("script", [ppo, ppo_atari], indirect=True)
+vectors = pytest.mark.parametrize("script", [ppo, ppo_continuous], indirect=True)
+
+
+def double(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def random_rollout(steps=40, envs=3, seed=0):
+    """rewards, values, terminated, done of random data with both kinds of ends."""
+    rng = np.random.default_rng(seed)
+    terminated = rng.random((steps, envs)) < 0.1
+    done = terminated | (rng.random((steps, envs)) < 0.1)
+    rewards, values = rng.normal(size=(steps, envs)), rng.normal(size=(steps + 1, envs))
+    return [torch.tensor(x) for x in (rewards, values, terminated, done)]
+
+
+def worked_example():
+    rewards = double([1], [2], [-1], [3])
+    values = double([0], [1.5], [2], [1], [0])
+    end = torch.tensor([[False], [False], [False], [True]])
+    return rewards, values, end
+
+
+def make_agent(script, inputs=4, actions=4, **flags):
+    torch.manual_seed(1)
+    box = lambda size: gym.spaces.Box(-1, 1, (size,))
+    action_space = (
+        box(actions) if script is ppo_continuous else gym.spaces.Discrete(actions)
+    )
+    spaces = {"single_observation_space": box(inputs), "single_action_space": action_space}
+    return script.Agent(SimpleNamespace(**spaces), script.Args(**flags))
+
+
+def loss_of(script, log_ratio, advantages=0, values=0, entropy=0, returns=0, **flags):
+    """ppo_loss of an agent with these log-ratios, values (0 before) and entropies."""
+    zeros = torch.zeros_like(log_ratio)
+    old_log_probs = zeros - 1.5
+    agent = SimpleNamespace(
+        features=lambda obs: obs,
+        evaluate_actions=lambda x, actions: (old_log_probs + log_ratio, zeros + entropy),
+        value=lambda x: zeros + values,
+    )
+    batch = {"x": None, "obs": None, "actions": None, "old_log_probs": old_log_probs}
+    batch |= {"old_values": zeros, "advantages": zeros + advantages}
+    return script.ppo_loss(
+        agent, batch | {"returns": zeros + returns}, script.Args(**flags)
+    )
+
+
+# (ratio), (pg), (cpi), (clip)
+
+
+def test_ratio_is_one_at_the_old_policy(script):
+    loss = script.policy_loss(torch.zeros(3), torch.tensor([1.0, 2.0, 6.0]), 0.2)
+    assert loss.item() == pytest.approx(-3.0)
+
+
+@pytest.mark.parametrize(
+    ("probability", "clip", "objective"),
+    [(0.5, math.inf, 5.0), (0.5, 0.2, 2.4), (0.22, 0.2, 2.2)],
+)
+def test_clip_worked_number_1(script, probability, clip, objective):
+    """An action's probability was 0.2; its advantage is 2."""
+    log_ratio = double(math.log(probability / 0.2))
+    assert script.policy_loss(log_ratio, double(2), clip).item() == pytest.approx(
+        -objective
+    )
+
+
+def test_policy_gradient_and_both_surrogates_have_one_gradient_at_the_old_policy(script):
+    torch.manual_seed(0)
+    logits, advantages = torch.randn(64, 5).double(), torch.randn(64).double()
+    actions = torch.randint(5, (64, 1))
+    gradients = {}
+    for surrogate in ("pg", "cpi", "clip"):
+        z = logits.clone().requires_grad_()
+        log_prob = torch.log_softmax(z, -1).gather(1, actions).squeeze(1)
+        if surrogate == "pg":
+            loss = -(log_prob * advantages).mean()
+        else:
+            clip = math.inf if surrogate == "cpi" else 0.2
+            loss = script.policy_loss(log_prob - log_prob.detach(), advantages, clip)
+        loss.backward()
+        gradients[surrogate] = z.grad
+    torch.testing.assert_close(gradients["pg"], gradients["cpi"], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(gradients["pg"], gradients["clip"], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "slope"),
+    [
+        (1.1, 2.0, 2.2, 2.0),
+        (1.1, -2.0, -2.2, -2.0),
+        (0.5, 2.0, 1.0, 2.0),
+        (0.5, -2.0, -1.6, 0.0),
+        (1.5, 2.0, 2.4, 0.0),
+        (1.5, -2.0, -3.0, -2.0),
+    ],
+)
+def test_the_six_clip_cases(script, ratio, advantage, objective, slope):
+    log_ratio = double(math.log(ratio)).requires_grad_()
+    loss = script.policy_loss(log_ratio, double(advantage), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-objective)
+    assert log_ratio.grad.item() == pytest.approx(-slope * ratio)  # d ρ / d log ρ = ρ
+
+
+def test_clip_worked_number_4(script):
+    """The probability rose from 0.01 to 0.03."""
+    for advantage, slope in ((1.0, 0.0), (-1.0, 3.0)):
+        log_ratio = double(math.log(0.03 / 0.01)).requires_grad_()
+        script.policy_loss(log_ratio, double(advantage), 0.2).backward()
+        assert log_ratio.grad.item() == pytest.approx(slope)
+
+
+def test_small_steps_have_a_kl_of_half_the_squared_deviation(script):
+    for eps, error in ((0.02, 1e-3), (0.2, 0.03)):
+        _, logged = loss_of(script, double(1 + eps, 1 - eps).log())
+        assert logged["approx_kl"].item() == pytest.approx(0.5 * eps**2, rel=error)
+
+
+# (vf), (vf-clip), (total), (k1), (k3), (clipfrac)
+
+
+def test_value_loss_unclipped_is_half_the_mean_square(script):
+    loss = script.value_loss(double(1, 3), double(0, 0), double(0, 5), None)
+    assert loss.item() == pytest.approx(0.5 * (1 + 4) / 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss", "slope"),
+    [
+        (1.1, 1.0, 2.0, 0.5 * 0.9**2, -0.9),  # inside the interval: as unclipped
+        (
+            1.5,
+            1.0,
+            2.0,
+            0.5 * 0.8**2,
+            0.0,
+        ),  # moved to the target: the clipped error is larger
+        (0.5, 1.0, 2.0, 0.5 * 1.5**2, -1.5),  # moved away: the unclipped one pulls back
+    ],
+)
+def test_value_loss_clipped(script, value, old, target, loss, slope):
+    v = double(value).requires_grad_()
+    result = script.value_loss(v, double(old), double(target), 0.2)
+    result.backward()
+    assert result.item() == pytest.approx(loss)
+    assert v.grad.item() == pytest.approx(slope)
+
+
+def test_losses_are_plain_means_over_the_rows(script):
+    loss = script.policy_loss(double(2.5, 1.1, 0.5).log(), double(2, -2, -2), 0.2)
+    assert loss.item() == pytest.approx(-(2.4 - 2.2 - 1.6) / 3)
+    loss = script.value_loss(double(1.1, 1.5, 0.5), double(1, 1, 1), double(2, 2, 2), 0.2)
+    assert loss.item() == pytest.approx(0.5 * (0.9**2 + 0.8**2 + 1.5**2) / 3)
+
+
+def test_total_loss_and_what_is_logged_of_a_minibatch(script):
+    """Four rows worked by hand: ratios 1.25, 0.7, 1, 1.1 and ε = 0.2."""
+    log_ratio = double(1.25, 0.7, 1.0, 1.1).log().requires_grad_()
+    values = double(0.5, 2.0, -1.0, 0.1).requires_grad_()
+    entropy = double(0.1, 0.2, 0.4, 0.9).requires_grad_()
+    rows = {"advantages": double(1, -1, 2, -3), "values": values, "entropy": entropy}
+    rows |= {"returns": 1, "clip_coef": 0.2, "vf_coef": 0.3, "ent_coef": 0.07}
+    loss, logged = loss_of(script, log_ratio, **rows, norm_adv=False, clip_vloss=True)
+    expected = {
+        "policy_loss": -(1.2 - 0.8 + 2.0 - 3.3) / 4,
+        "value_loss": 0.5 * (0.8**2 + 1.0**2 + 2.0**2 + 0.9**2) / 4,  # V within ±0.2
+        "entropy": 0.4,
+        "old_approx_kl": -math.log(1.25 * 0.7 * 1.1) / 4,  # (k1)
+        "approx_kl": (0.25 - 0.3 + 0.1 - math.log(1.25 * 0.7 * 1.1)) / 4,  # (k3)
+        "clipfrac": 2 / 4,
+        "max_ratio_dev": 0.3,
+    }
+    assert {name: value.item() for name, value in logged.items()} == pytest.approx(expected)
+    assert not any(value.requires_grad for value in logged.values())
+    total = expected["policy_loss"] + 0.3 * expected["value_loss"] - 0.07 * 0.4
+    assert loss.item() == pytest.approx(total)
+    loss.backward()
+    torch.testing.assert_close(log_ratio.grad, double(0, 0, -2.0, 3.3) / 4)
+    torch.testing.assert_close(values.grad, 0.3 * double(0, 1, -2, -0.9) / 4)
+    torch.testing.assert_close(entropy.grad, double(-0.07, -0.07, -0.07, -0.07) / 4)
+
+    _, logged = loss_of(script, log_ratio, **rows, norm_adv=False, clip_vloss=False)
+    value_loss = 0.5 * (0.5**2 + 1 + 2**2 + 0.9**2) / 4
+    assert logged["value_loss"].item() == pytest.approx(value_loss)
+    # (norm): the mean is 3, the unbiased variance 14/3.
+    _, logged = loss_of(script, log_ratio, **rows | {"advantages": double(6, 3, 2, 1)})
+    objective = (1.2 * 3 + 0.7 * 0 - 1.0 * 1 - 1.1 * 2) / math.sqrt(14 / 3)
+    assert logged["policy_loss"].item() == pytest.approx(-objective / 4)
+
+
+def test_k1_and_k3_estimate_the_same_divergence(script):
+    torch.manual_seed(0)
+    old, new = torch.randn(2, 6, dtype=torch.float64).log_softmax(-1)
+    new = (0.7 * old + 0.3 * new).log_softmax(-1)
+    divergence = (old.exp() * (old - new)).sum().item()
+    log_ratio = (new - old)[torch.multinomial(old.exp(), 400_000, replacement=True)]
+    _, logged = loss_of(script, log_ratio)
+    assert logged["old_approx_kl"].item() == pytest.approx(divergence, rel=0.05), "(k1)"
+    assert logged["approx_kl"].item() == pytest.approx(divergence, rel=0.02), "(k3)"
+    k3 = log_ratio.expm1() - log_ratio
+    assert k3.min() >= 0 and k3.std() < log_ratio.std()  # the lower variance it is for
+
+
+@vectors
+def test_compute_gradient_adds_the_clipped_gradient(script):
+    agent = make_agent(script)
+    torch.manual_seed(0)
+    names = ("old_log_probs", "old_values", "returns", "advantages")
+    batch = dict(zip(names, torch.randn(4, 6))) | {"x": torch.randn(6, 4)}
+    with torch.no_grad():
+        batch["actions"] = agent.act(batch["x"])
+        batch["old_log_probs"] = agent.evaluate_actions(batch["x"], batch["actions"])[0]
+    norm_of = lambda: (
+        torch.cat([p.grad.flatten() for p in agent.parameters()]).norm().item()
+    )
+    whole = script.compute_gradient(agent, batch, script.Args(max_grad_norm=math.inf))
+    assert norm_of() == pytest.approx(whole["grad_norm"].item(), rel=1e-5)
+    agent.zero_grad()
+    clipped = script.compute_gradient(agent, batch, script.Args(max_grad_norm=0.01))
+    assert norm_of() == pytest.approx(0.01, rel=1e-3)
+    assert clipped["grad_norm"].item() == pytest.approx(whole["grad_norm"].item(), rel=1e-5)
+    assert clipped.keys() == whole.keys() > {"policy_loss", "approx_kl"}
+
+
+# (categorical), (entropy); (gaussian) in test_continuous.py
+
+
+def set_probabilities(agent, probabilities):
+    """Makes the policy of all states this one."""
+    head = agent.actor if isinstance(agent.actor, torch.nn.Linear) else agent.actor[-1]
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.tensor(probabilities).log())
+
+
+@discrete
+def test_categorical_log_probability_and_entropy(script):
+    agent = make_agent(script)
+    x, actions = random_inputs(script, 32), torch.randint(4, (32,))
+    expected = torch.distributions.Categorical(logits=agent.actor(x))
+    log_probs, entropy = agent.evaluate_actions(x, actions)
+    torch.testing.assert_close(log_probs, expected.log_prob(actions))
+    torch.testing.assert_close(entropy, expected.entropy())
+
+
+@discrete
+def test_entropy_worked_number_3(script):
+    agent, x = make_agent(script), random_inputs(script, 1)
+    set_probabilities(agent, [0.7, 0.1, 0.1, 0.1])
+    log_prob, entropy = agent.evaluate_actions(x, torch.tensor([0]))
+    assert entropy.item() == pytest.approx(0.9404, abs=5e-5)
+    assert log_prob.item() == pytest.approx(math.log(0.7))
+
+
+@discrete
+def test_sampling_follows_the_probabilities_and_greedy_takes_the_largest(script):
+    agent, x = make_agent(script), random_inputs(script, 200_000)
+    set_probabilities(agent, [0.2, 0.1, 0.4, 0.3])
+    with torch.no_grad():
+        shares = torch.bincount(agent.act(x), minlength=4) / len(x)
+        torch.testing.assert_close(
+            shares, torch.tensor([0.2, 0.1, 0.4, 0.3]), atol=6e-3, rtol=0
+        )
+        assert (agent.act(x[:9], greedy=True) == 2).all()
+
+
+def random_inputs(script, rows):
+    size = 512 if script is ppo_atari else 4
+    return torch.randn(1, size).expand(rows, -1) if rows > 1000 else torch.randn(rows, size)
+
+
+# (td), (gae), (n-step), (ev)
+
+
+def test_gae_worked_number_2(script):
+    rewards, values, end = worked_example()
+    deltas = script.compute_gae(rewards, values, end, end, 0.9, 0.0)
+    torch.testing.assert_close(deltas.flatten(), double(2.35, 2.3, -2.1, 2.0))
+    advantages = script.compute_gae(rewards, values, end, end, 0.9, 0.8)
+    expected = double(3.663856, 1.8248, -0.66, 2.0)
+    torch.testing.assert_close(advantages.flatten(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_time_limit_keeps_the_bootstrap_and_cuts_the_trace(script):
+    rewards, values, _ = worked_example()
+    done = torch.tensor([[False], [True], [False], [False]])
+    none = torch.zeros_like(done)
+    advantages = script.compute_gae(rewards, values, none, done, 0.9, 0.8)
+    # Its own δ, with V(s_2), and nothing after it.
+    assert advantages[1].item() == pytest.approx(2 + 0.9 * 2.0 - 1.5)
+    advantages = script.compute_gae(rewards, values, done, done, 0.9, 0.8)
+    assert advantages[1].item() == pytest.approx(2 - 1.5)
+
+
+def test_lambda_one_is_the_monte_carlo_return_minus_v(script):
+    rewards, values, terminated, done = random_rollout()
+    advantages = script.compute_gae(rewards, values, terminated, done, 0.97, 1.0)
+    returns, ahead = torch.zeros_like(rewards), values[-1]
+    for t in reversed(range(len(rewards))):
+        after = torch.where(done[t], values[t + 1] * ~terminated[t], ahead)
+        returns[t] = ahead = rewards[t] + 0.97 * after
+    torch.testing.assert_close(advantages, returns - values[:-1], rtol=1e-4, atol=1e-5)
+
+
+def test_gae_is_the_weighted_average_of_n_step_advantages(script):
+    rewards, values, terminated, done = random_rollout(steps=25)
+    gamma, lam, (steps, envs) = 0.95, 0.8, rewards.shape
+    advantages = script.compute_gae(rewards, values, terminated, done, gamma, lam)
+    for t, e in itertools.product(range(steps), range(envs)):
+        n_step, discounted = [], 0.0
+        for n in range(1, steps - t + 1):
+            last = t + n - 1
+            discounted += gamma ** (n - 1) * rewards[last, e]
+            bootstrap = gamma**n * values[last + 1, e] * ~terminated[last, e]
+            n_step.append(discounted + bootstrap - values[t, e])
+            if done[last, e]:
+                break
+        weights = [(1 - lam) * lam**i for i in range(len(n_step) - 1)]
+        weights.append(lam ** (len(n_step) - 1))
+        average = sum(w * a for w, a in zip(weights, n_step))
+        assert sum(weights) == pytest.approx(1)
+        assert advantages[t, e].item() == pytest.approx(average.item(), abs=1e-6)
+
+
+def test_gae_agrees_with_stable_baselines3(script):
+    rewards, values, terminated, done = random_rollout(seed=3)
+    gamma, lam, (steps, envs) = 0.99, 0.95, rewards.shape
+    space = gym.spaces.Box(-1, 1, (1,))
+    options = {"device": "cpu", "gae_lambda": lam, "gamma": gamma, "n_envs": envs}
+    buffer = RolloutBuffer(steps, space, space, **options)
+    # Its buffer knows no truncation: the value to bootstrap from is added to the reward, as
+    # its collect_rollouts does.
+    truncated = done & ~terminated
+    buffer.rewards[:] = (rewards + gamma * values[1:] * truncated).numpy()
+    buffer.values[:] = values[:-1].numpy()
+    buffer.episode_starts[1:] = done[:-1].numpy()
+    buffer.compute_returns_and_advantage(values[-1].float(), done[-1].numpy())
+    ours = script.compute_gae(rewards, values, terminated, done, gamma, lam)
+    np.testing.assert_allclose(buffer.advantages, ours, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(buffer.returns, ours + values[:-1], rtol=1e-4, atol=1e-5)
+
+
+def test_explained_variance(script):
+    """1 for a perfect critic, 0 for a constant one, 1 − Var(R̂ − V) / Var(R̂) between."""
+    returns, values = double(1, 2, 3, 6), double(1, 1, 4, 5)
+    assert script.explained_variance(returns - returns, returns) == pytest.approx(1)
+    assert script.explained_variance(returns - 5, returns) == pytest.approx(0)
+    expected = 1 - np.var([0, 1, -1, 1]) / np.var([1, 2, 3, 6])
+    assert script.explained_variance(returns - values, returns) == pytest.approx(expected)
+    assert script.explained_variance(double(1, 2), double(3, 3)) is None
+    assert script.explained_variance(double(1), double(3)) is None  # nor of one row
+
+
+# (norm), (obs-norm), (rew-norm)
+
+
+def test_advantages_get_mean_0_and_unbiased_deviation_1(script):
+    normalized = script.normalize_advantages(double(1, 2, 3, 6))  # mean 3, variance 14/3
+    torch.testing.assert_close(normalized, double(-2, -1, 0, 3) / math.sqrt(14 / 3))
+    assert not script.normalize_advantages(double(7, 7)).any()  # and no 0 / 0
+
+
+@vectors
+@pytest.mark.parametrize("sizes", [[300], [1, 299], [100, 50, 150]])
+def test_running_statistics_do_not_depend_on_the_split_and_survive_saving(script, sizes):
+    data = np.random.default_rng(0).normal(3, 5, (300, 2))
+    stats = script.RunningStats(2)
+    for chunk in np.split(data, np.cumsum(sizes)[:-1]):
+        stats.update(torch.tensor(chunk))
+    np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.var, data.var(0), rtol=1e-12)
+    assert stats.count.item() == 300
+    loaded = script.RunningStats(2)
+    loaded.load_state_dict(stats.state_dict())
+    assert torch.equal(loaded.mean, stats.mean) and torch.equal(loaded.var, stats.var)
+
+
+@vectors
+def test_running_statistics_start_as_nothing_and_begin_with_the_first_rows(script):
+    stats = script.RunningStats(1)
+    assert (stats.mean.item(), stats.var.item(), stats.count.item()) == (0, 1, 0)
+    stats.update(1e5 + torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]))
+    assert stats.mean.item() == 1e5 and stats.var.item() == pytest.approx(1, rel=1e-9)
+
+
+@vectors
+def test_observations_are_normalised_and_clipped(script):
+    agent = make_agent(script, inputs=2, norm_obs=True)
+    agent.obs_stats.mean.copy_(torch.tensor([1.0, 2.0]))
+    agent.obs_stats.var.copy_(torch.tensor([4.0, 0.25]))
+    x = agent.normalize(torch.tensor([[3.0, 1.5], [1000.0, -1000.0]]))
+    torch.testing.assert_close(x, torch.tensor([[1.0, -1.0], [10.0, -10.0]]))
+    agent.obs_stats.var.zero_()  # of a constant
+    assert agent.normalize(torch.tensor([[1.0, 2.0]])).tolist() == [[0, 0]]
+    plain, obs = make_agent(script, inputs=2, norm_obs=False), torch.tensor([[1000.0, 7.0]])
+    assert torch.equal(plain.normalize(obs), obs)
+
+
+@vectors
+def test_reward_scaling_restarts_with_every_episode_and_spans_rollouts(script):
+    rng, gamma, steps = np.random.default_rng(0), 0.9, 30
+    rewards = torch.tensor(rng.normal(2, 1, (steps, 1)), dtype=torch.float32)
+    valid = torch.ones(steps, 1, dtype=torch.bool)
+    valid[[7, 18]] = False
+    rewards[~valid] = 0
+    discounted, sums = 0.0, []
+    for t in range(steps):
+        discounted = rewards[t].item() + gamma * discounted if valid[t] else 0.0
+        sums.append(discounted)
+    stats, last_sum, scaled = script.RunningStats(), torch.zeros(1), []
+    for part in (slice(0, 7), slice(7, 30)):  # the first rollout ends with the episode
+        rows = rewards[part], valid[part]
+        result, last_sum = script.scale_rewards(*rows, stats, gamma, last_sum)
+        scaled.append(result)
+    assert last_sum.item() == pytest.approx(sums[-1], rel=1e-5)
+    sums = np.array(sums)[valid.flatten().numpy()]
+    assert stats.count.item() == 28
+    assert stats.var.item() == pytest.approx(sums.var(), rel=1e-5)
+    expected = rewards[7:] / math.sqrt(sums.var())
+    torch.testing.assert_close(scaled[1], expected, rtol=1e-5, atol=0)
+
+
+@vectors
+def test_scaled_rewards_are_clipped(script):
+    stats, valid = script.RunningStats(), torch.ones(2, 1, dtype=torch.bool)
+    stats.count.fill_(1e30)  # as if the variance of 1 were long known
+    rewards = torch.tensor([[1e6], [-1e6]])
+    scaled, _ = script.scale_rewards(rewards, valid, stats, 0.9, torch.zeros(1))
+    assert scaled.flatten().tolist() == [10.0, -10.0]
+
+
+@vectors
+def test_small_rewards_are_scaled_from_the_first_rollout_on(script):
+    """Rewards of a thousandth and of a thousand become the same."""
+    rewards = torch.rand(64, 4, generator=torch.Generator().manual_seed(0))
+    valid, scaled = torch.ones(64, 4, dtype=torch.bool), []
+    for unit in (1e-3, 1e3):
+        args = unit * rewards, valid, script.RunningStats(), 0.99, torch.zeros(4)
+        scaled.append(script.scale_rewards(*args)[0])
+    assert scaled[1].std() > 1e-3
+    torch.testing.assert_close(scaled[0], scaled[1], rtol=1e-3, atol=0)
+
+
+# (kl-ref)
+
+
+def test_fine_tuning_reward_gives_the_gradient_of_reward_minus_kl(script):
+    """The policy gradient of E[R − β log(π/π_ref)] is that of E[R] − β KL(π ‖ π_ref)."""
+    torch.manual_seed(0)
+    z = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    reference, reward = torch.randn(5).double().log_softmax(-1), torch.randn(5).double()
+    beta, log_prob = 0.3, z.log_softmax(-1)
+    kl = (log_prob.exp() * (log_prob - reference)).sum()
+    objective = (log_prob.exp() * reward).sum() - beta * kl
+    (exact,) = torch.autograd.grad(objective, z, retain_graph=True)
+    per_step = reward - beta * (log_prob - reference).detach()
+    # One row for each action: weights turn the mean over rows into the expectation under π.
+    weights = 5 * log_prob.exp().detach()
+    surrogate = -script.policy_loss(log_prob - log_prob.detach(), weights * per_step, 0.2)
+    (estimated,) = torch.autograd.grad(surrogate, z)
+    torch.testing.assert_close(exact, estimated)
+
+
+# The networks at the start; ppo_atari.py's in test_atari.py
+
+
+def assert_orthogonal(layer, gain):
+    weight = layer.weight.flatten(1)
+    rows, columns = weight.shape
+    weight = weight if rows <= columns else weight.T
+    expected = gain**2 * torch.eye(len(weight))
+    torch.testing.assert_close(weight @ weight.T, expected, rtol=0, atol=1e-4 * gain**2)
+    assert not layer.bias.any()
+
+
+@vectors
+def test_networks_start_orthogonal_with_zero_biases(script):
+    agent = make_agent(script, inputs=8, actions=3)
+    scales = [math.sqrt(2), math.sqrt(2), 0.01], [math.sqrt(2), math.sqrt(2), 1.0]
+    for network, gains in zip((agent.actor, agent.critic), scales):
+        for layer, gain in zip(network[::2], gains, strict=True):
+            assert_orthogonal(layer, gain)
+        assert [type(layer) for layer in network[1::2]] == [torch.nn.Tanh] * 2
+    units = 64 if script is ppo else 256
+    assert [len(agent.actor[0].bias), len(agent.critic[2].bias)] == [64, units]
+    assert not set(map(id, agent.actor.parameters())) & set(
+        map(id, agent.critic.parameters())
+    )
+
+
+# With the same weights and minibatch, the gradient is stable-baselines3's.
+
+
+class Caught(Exception):
+    """Stops stable-baselines3 after its first backward pass, before it clips."""
+
+
+def copy_weights(policy, agent):
+    """Copies the weights of a stable-baselines3 policy into our agent; returns pairs of
+    parameters (ours, theirs)."""
+    actor = torch.nn.Sequential(*policy.mlp_extractor.policy_net, policy.action_net)
+    critic = torch.nn.Sequential(*policy.mlp_extractor.value_net, policy.value_net)
+    agent.actor.load_state_dict(actor.state_dict())
+    agent.critic.load_state_dict(critic.state_dict())
+    pairs = [*zip(agent.actor.parameters(), actor.parameters())]
+    pairs += zip(agent.critic.parameters(), critic.parameters())
+    if hasattr(policy, "log_std"):
+        agent.log_std.data.copy_(policy.log_std)
+        pairs.append((agent.log_std, policy.log_std))
+    return pairs
+
+
+@vectors
+@pytest.mark.parametrize("clip", [0.2, 0.02])
+def test_gradient_is_that_of_stable_baselines3(script, monkeypatch, clip):
+    # Its value loss has no ½, so its weight of 0.25 is our 0.5. It clips the value loss by
+    # another formula, without the maximum of the two errors, so that clip is off in both.
+    env_id = "CartPole-v1" if script is ppo else "Pendulum-v1"
+    options = {"n_steps": 128, "batch_size": 128, "n_epochs": 1, "clip_range": clip}
+    sizes = {"pi": [64, 64], "vf": [64, 64] if script is ppo else [256, 256]}
+    options |= {"ent_coef": 0.01, "vf_coef": 0.25, "policy_kwargs": {"net_arch": sizes}}
+    model = stable_baselines3.PPO("MlpPolicy", env_id, seed=1, device="cpu", **options)
+    _, callback = model._setup_learn(128)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 128)
+    torch.manual_seed(1)
+    # Move the policy, as the first minibatches do, so that ratios differ from 1.
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+    args = script.Args(clip_coef=clip, clip_vloss=False, ent_coef=0.01, vf_coef=0.5)
+    spaces = {"single_observation_space": model.observation_space}
+    spaces |= {"single_action_space": model.action_space}
+    agent = script.Agent(SimpleNamespace(**spaces), args)
+    pairs = copy_weights(model.policy, agent)
+    rows = next(
+        model.rollout_buffer.get()
+    )  # all 128; their order does not change the means
+    actions = rows.actions.long().flatten() if script is ppo else rows.actions
+    batch = {"x": rows.observations, "actions": actions, "old_log_probs": rows.old_log_prob}
+    batch |= {"old_values": rows.old_values, "returns": rows.returns}
+    batch["advantages"] = rows.advantages
+    script.ppo_loss(agent, batch, args)[0].backward()
+    log_ratio = agent.evaluate_actions(rows.observations, actions)[0] - rows.old_log_prob
+    deviation = log_ratio.exp() - 1
+    shares = [(deviation < -clip).float().mean(), (deviation > clip).float().mean()]
+    assert clip == 0.2 or min(shares) > 0.02  # with 0.02, ratios leave it on both sides
+
+    def catch(*_):
+        raise Caught
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", catch)
+    with pytest.raises(Caught):
+        model.train()
+    for ours, theirs in pairs:
+        assert theirs.grad.abs().max() > 1e-5
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,566 @@
+"""The training loop: which rows count, what each flag does, one seed, the end."""
+
+import dataclasses
+import itertools
+import math
+
+import environments
+import numpy as np
+import pytest
+import torch
+from conftest import STEPS, column, load, make_args, numbers, only_run, outcome, read, train
+
+import ppo
+import ppo_atari
+import ppo_continuous
+
+vectors = pytest.mark.parametrize("script", [ppo, ppo_continuous], indirect=True)
+
+
+@pytest.fixture
+def played(script, monkeypatch):
+    """played(): observations, actions, rewards and ends of all steps, (T, N, …) each."""
+    steps, original = [], script.start_envs
+
+    def start_envs(*args):
+        envs, obs = original(*args)
+        last, step = [obs], envs.step
+        steps.clear()
+
+        def keep(actions):
+            result = step(actions)
+            obs, reward, terminated, truncated, _ = result
+            kept = last.pop(), actions.copy(), reward.copy(), terminated | truncated
+            steps.append(kept)
+            last.append(obs.copy())
+            return result
+
+        envs.step = keep
+        return envs, obs.copy()
+
+    monkeypatch.setattr(script, "start_envs", start_envs)
+    return lambda: [np.array(values) for values in zip(*steps)]
+
+
+# Rows: the step after an episode's end only resets, also across the seam of two rollouts.
+
+
+def test_rows_that_only_reset_are_dropped(script, tmp_path, record, unshuffled):
+    """Time limit 4: rows 4, 9, 14, … only reset. Rollouts of 8 begin anywhere."""
+    losses, gaes = record(script, "ppo_loss"), record(script, "compute_gae")
+    flags = {"num_envs": 1, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
+    flags |= {"total_timesteps": 40, "gamma": 0.9, "gae_lambda": 0.8}
+    if script is ppo_atari:
+        flags["clip_rewards"] = False
+    run_dir = train(script, tmp_path, "Ring", **flags, **plain(script))
+    assert len(losses) == len(gaes) == 5
+    assert {inputs[4:] for inputs, _ in gaes} == {(0.9, 0.8)}
+    rewards, values, terminated, done = (
+        torch.cat([inputs[i][:8, 0] for inputs, _ in gaes]) for i in range(4)
+    )
+    advantages = torch.cat([result[:, 0] for _, result in gaes])
+    row = torch.arange(40)
+    valid = row % 5 != 4
+    assert torch.equal(done, row % 5 == 3) and not terminated.any()
+    assert torch.equal(rewards, torch.tensor([1.0, 2.0, 3.0, 1.0, 0.0] * 8))
+    returns = advantages + values
+    explained = column(run_dir, "explained_variance")
+    for rollout, ((_, batch, _), _) in enumerate(losses):
+        rows = row[8 * rollout :][:8]
+        rows = rows[valid[rows]]
+        unexplained = (advantages[rows].var() / returns[rows].var()).item()
+        assert explained[rollout] == pytest.approx(1 - unexplained, rel=1e-3)
+        rows = rows[torch.arange(8) % len(rows)]  # filled up with the first ones
+        assert torch.equal(numbers(batch).argmax(-1), rows % 5 % 3)
+        assert torch.equal(batch["advantages"], advantages[rows])
+        assert torch.equal(batch["old_values"], values[rows])
+        assert torch.equal(batch["returns"], returns[rows])
+
+
+def test_episodes_are_logged_as_they_were_played(script, tmp_path):
+    """Two environments, episodes of 4 steps and return 7, also across rollouts."""
+    run_dir = train(script, tmp_path, "Ring", total_timesteps=2 * STEPS)
+    # A game's end shows in the step that resets, one later.
+    last = 5 if script is ppo_atari else 4
+    ends = [2 * t for t in range(last, STEPS + 1, 5) for _ in range(2)]
+    metrics, episodes = outcome(run_dir)
+    assert [tuple(map(float, row.values())) for row in episodes] == [
+        (end, 7.0, 4.0) for end in ends
+    ]
+    names = ("episodes", "episodic_return", "episodic_length")
+    for row, low in zip(metrics, (0, STEPS), strict=True):
+        count = sum(low < end <= low + STEPS for end in ends)
+        assert [row[name] for name in names] == [str(count), "7.0", "4.0"]
+    metrics, episodes = outcome(train(script, tmp_path, "Endless", total_timesteps=STEPS))
+    assert [metrics[0][name] for name in names] == ["0", "", ""] and episodes == []
+
+
+def test_every_epoch_uses_all_valid_rows_about_equally_often(script, tmp_path, record):
+    """Episodes of one step: of 9 rows of an environment, 5 and 4 by turns are valid."""
+    losses = record(script, "ppo_loss")
+    flags = {"num_envs": 2, "num_steps": 9, "num_minibatches": 2, "update_epochs": 3}
+    train(script, tmp_path, "StubShort", total_timesteps=72, **flags)
+    batches = [batch for (_, batch, _), _ in losses]
+    assert len(batches) == 24
+    assert all(len(values) == 9 for batch in batches for values in batch.values())
+    for rollout, valid_rows in enumerate([10, 8, 10, 8]):
+        orders, more_often = set(), set()
+        for epoch in range(3):
+            pair = batches[6 * rollout + 2 * epoch :][:2]
+            x = torch.cat([batch.get("x", batch.get("obs")).flatten(1) for batch in pair])
+            orders.add(str(x.sum(1)))
+            rows, uses = x.unique(dim=0, return_counts=True)  # all observations differ
+            assert len(rows) == valid_rows
+            assert set(uses.tolist()) <= {18 // valid_rows, 18 // valid_rows + 1}
+            more_often.add(str(rows[uses == uses.max()].float().sum(1)))
+        assert len(orders) == 3 and len(more_often) > 1  # not always the same rows fill up
+
+
+# The values that must be learned follow from γ and the rewards 1, 2, 3.
+
+V0 = (1 + 0.9 * 2 + 0.81 * 3) / (1 - 0.9**3)
+RING_VALUES = [
+    V0,
+    2 + 0.9 * 3 + 0.81 * V0,
+    3 + 0.9 * V0,
+]  # a time limit does not end the world
+TERMINAL_VALUES = [1 + 0.9 * 2 + 0.81 * 3, 2 + 0.9 * 3, 3.0]
+
+
+def plain(script):
+    """Flags that switch normalisation off."""
+    return {} if script is ppo_atari else {"norm_obs": False, "norm_reward": False}
+
+
+@vectors
+@pytest.mark.parametrize(
+    ("name", "truth"), [("Ring", RING_VALUES), ("RingTerminal", TERMINAL_VALUES)]
+)
+def test_critic_learns_the_true_values(script, tmp_path, name, truth):
+    flags = {"num_envs": 4, "num_steps": 32, "total_timesteps": 6400, "gamma": 0.9}
+    flags |= {"learning_rate": 1e-2, "clip_vloss": False, "max_grad_norm": math.inf}
+    flags |= {"num_minibatches": 4, "update_epochs": 4}
+    run_dir = train(script, tmp_path, name, **flags, **plain(script))
+    values = script.load_agent(run_dir).value(torch.eye(3))
+    np.testing.assert_allclose(values, truth, atol=0.1)
+
+
+def test_a_time_limit_bootstraps_unless_switched_off(script, tmp_path, record):
+    gaes = record(script, "compute_gae")
+    for bootstrap_truncated in (True, False):
+        flags = {"total_timesteps": STEPS, "bootstrap_truncated": bootstrap_truncated}
+        train(script, tmp_path, "Ring", **flags)
+    first, second = gaes[0][0], gaes[-1][0]
+    assert first[3].sum() == 6 and not first[2].any()
+    assert torch.equal(second[2], second[3]) and torch.equal(second[3], first[3])
+
+
+# What the policy saw is what the update sees.
+
+
+def test_first_minibatch_of_every_update_has_ratio_one(script, tmp_path, record):
+    losses = record(script, "ppo_loss")
+    flags = {} if script is ppo_atari else {"norm_obs": True, "norm_reward": True}
+    train(script, tmp_path, total_timesteps=6 * STEPS, learning_rate=1e-3, **flags)
+    deviations = [logged["max_ratio_dev"].item() for _, (_, logged) in losses]
+    assert len(deviations) == 6 * 4
+    assert max(deviations[::4]) < 1e-5
+    assert min(deviations[3::4]) > 1e-4  # the weights have changed by the last minibatch
+
+
+@vectors
+def test_sums_of_rewards_go_on_across_rollouts(script, tmp_path, record):
+    scaled = record(script, "scale_rewards")
+    train(script, tmp_path, "Endless", norm_reward=True, gamma=0.9)
+    assert {inputs[3] for inputs, _ in scaled} == {0.9}
+    last = [last_sum.tolist() for _, (_, last_sum) in scaled]
+    for rollout, sums in enumerate(last, 1):
+        expected = sum(0.9**k for k in range(16 * rollout))
+        assert sums == pytest.approx([expected] * 2)
+
+
+@vectors
+def test_statistics_are_those_of_valid_rows(script, tmp_path, played):
+    """Of observations that the policy acted on: not of the last one of an episode."""
+    flags = {"total_timesteps": 32 * STEPS, "norm_obs": True, "norm_reward": True}
+    run_dir = train(script, tmp_path, **flags)
+    obs, _, _, ended = played()
+    agent = script.load_agent(run_dir)
+    resets = np.concatenate([np.zeros((1, 2), bool), ended[:-1]])
+    inputs = obs[~resets].astype(np.float64)
+    assert 900 < len(inputs) < 1000
+    assert agent.obs_stats.count.item() == len(inputs) == agent.return_stats.count.item()
+    np.testing.assert_allclose(agent.obs_stats.mean, inputs.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(agent.obs_stats.var, inputs.var(0), rtol=1e-4)
+
+
+# What is logged.
+
+
+def test_metrics_have_the_documented_columns(script, tmp_path):
+    rows = read(train(script, tmp_path) / "metrics.csv")
+    expected = (
+        "iteration,global_step,policy_loss,value_loss,entropy,old_approx_kl,approx_kl,clipfrac,"
+        "max_ratio_dev,grad_norm,explained_variance,kl_reference,learning_rate,sps,seconds,"
+        "episodes,episodic_return,episodic_length"
+    ).split(",")
+    if script is not ppo:
+        expected.remove("kl_reference")
+    assert list(rows[0]) == expected
+    assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4]
+    assert [int(row["global_step"]) for row in rows] == [32, 64, 96, 128]
+    assert all(row["sps"].isdecimal() and float(row["seconds"]) > 0 for row in rows)
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    if script is not ppo_continuous:  # all actions are almost equally probable at first
+        assert float(rows[0]["entropy"]) == pytest.approx(math.log(2), abs=0.01)
+
+
+def test_metrics_are_means_over_minibatches(script, tmp_path, record):
+    losses = record(script, "ppo_loss")
+    rows = read(train(script, tmp_path, total_timesteps=2 * STEPS) / "metrics.csv")
+    for i, row in enumerate(rows):
+        logged = [result[1] for _, result in losses[4 * i : 4 * (i + 1)]]
+        assert len(logged[0]) == 7
+        for name in logged[0]:
+            values = [float(minibatch[name]) for minibatch in logged]
+            assert float(row[name]) == pytest.approx(np.mean(values), rel=1e-3, abs=1e-7)
+
+
+# What each flag switches.
+
+
+def test_annealing_lowers_the_learning_rate_linearly(script, tmp_path):
+    """From α in the first iteration to α / I in the last, of I = 4."""
+    for anneal_lr, expected in ((True, [1, 0.75, 0.5, 0.25]), (False, [1] * 4)):
+        run_dir = train(script, tmp_path, learning_rate=2e-4, anneal_lr=anneal_lr)
+        rates = [2e-4 * part for part in expected]
+        assert column(run_dir, "learning_rate") == pytest.approx(rates), (
+            "annealing is wrong"
+        )
+        group = load(run_dir)["optimizer"]["param_groups"][0]
+        assert group["lr"] == pytest.approx(rates[-1])
+
+
+def test_adam_has_the_constants_that_the_field_agreed_on(script, tmp_path):
+    group = load(train(script, tmp_path, total_timesteps=STEPS))["optimizer"][
+        "param_groups"
+    ][0]
+    assert group["eps"] == 1e-5 and tuple(group["betas"]) == (0.9, 0.999)
+    assert group["weight_decay"] == 0 and not group["amsgrad"]
+
+
+def test_the_gradient_of_each_minibatch_is_clipped_to_the_norm(
+    script, tmp_path, monkeypatch
+):
+    norms, step = [], torch.optim.Adam.step
+
+    def spy(self):
+        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    run_dir = train(script, tmp_path, total_timesteps=STEPS, max_grad_norm=1e-3)
+    assert len(norms) == 4 and max(norms) == pytest.approx(1e-3, rel=1e-2)
+    assert column(run_dir, "grad_norm")[0] > 2e-3  # the norm before the clip
+    norms.clear()
+    run_dir = train(script, tmp_path, total_timesteps=STEPS, max_grad_norm=math.inf)
+    assert np.mean(norms) == pytest.approx(column(run_dir, "grad_norm")[0], rel=1e-4)
+
+
+def test_each_minibatch_has_a_gradient_of_its_own(script, tmp_path, monkeypatch, record):
+    """It is that of its loss, and nothing of the minibatch before is left in it."""
+    losses, checked = [], []
+    original, step = script.ppo_loss, torch.optim.Adam.step
+
+    def keep(agent, batch, args):
+        losses.append((agent, batch, args))
+        return original(agent, batch, args)
+
+    def spy(self):
+        parameters = self.param_groups[0]["params"]
+        expected = torch.autograd.grad(original(*losses[-1])[0], parameters)
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+        checked.append(losses[-1][1]["returns"])
+        step(self)
+
+    monkeypatch.setattr(script, "ppo_loss", keep)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    train(script, tmp_path, total_timesteps=STEPS, max_grad_norm=math.inf)
+    assert len(losses) == len(checked) == 4
+    assert not torch.equal(checked[0], checked[1])
+
+
+def test_target_kl_stops_after_the_epoch_that_exceeds_it(script, tmp_path, record):
+    losses = record(script, "ppo_loss")
+    flags = {"total_timesteps": STEPS, "update_epochs": 5, "learning_rate": 1e-2}
+    train(script, tmp_path, **flags)
+    assert [len(batch["actions"]) for (_, batch, _), _ in losses] == [16] * 2 * 5
+    kl = np.array([logged["approx_kl"].item() for _, (_, logged) in losses])
+    kl = kl.reshape(5, 2).mean(1)  # of each epoch
+    for limit in (kl[0] * 0.99, kl[0] * 1.01, kl.max() * 1.01):
+        epochs = next((i for i, value in enumerate(kl, 1) if value > limit), 5)
+        losses.clear()
+        train(script, tmp_path, **flags, target_kl=limit)
+        assert len(losses) == 2 * epochs
+
+
+def test_advantages_are_normalised_over_each_minibatch_or_not_at_all(
+    script, tmp_path, record
+):
+    losses = record(script, "policy_loss")
+    for norm_adv in (True, False):
+        train(script, tmp_path, total_timesteps=STEPS, update_epochs=1, norm_adv=norm_adv)
+    means = [advantages.mean().item() for (_, advantages, _), _ in losses]
+    deviations = [advantages.std().item() for (_, advantages, _), _ in losses]
+    np.testing.assert_allclose(means[:2] + deviations[:2], [0, 0, 1, 1], atol=1e-5)
+    assert min(np.abs(means[2:])) > 0.01
+
+
+def test_the_clips_get_the_coefficient_that_was_asked_for(script, tmp_path, record):
+    for clip_vloss in (True, False):
+        policy, value = record(script, "policy_loss"), record(script, "value_loss")
+        train(script, tmp_path, total_timesteps=STEPS, clip_coef=0.3, clip_vloss=clip_vloss)
+        assert {inputs[2] for inputs, _ in policy} == {0.3}
+        assert {inputs[3] for inputs, _ in value} == {0.3 if clip_vloss else None}
+
+
+@vectors
+def test_normalisation_of_observations_and_rewards_can_be_switched(
+    script, tmp_path, record
+):
+    """Rewards are 1. Switched on, observations change after the first rollout."""
+    losses, gaes = record(script, "ppo_loss"), record(script, "compute_gae")
+    for switch in ("norm_obs", "norm_reward", None):
+        flags = {"norm_obs": False, "norm_reward": False} | (
+            {switch: True} if switch else {}
+        )
+        losses.clear(), gaes.clear()
+        run_dir = train(script, tmp_path, "Stub", **flags)
+        largest = [numbers(batch).abs().max().item() for (_, batch, _), _ in losses]
+        assert max(largest[:4]) <= 1
+        assert (max(largest[4:]) > 1.2) == (switch == "norm_obs")
+        rewards = torch.stack([inputs[0] for inputs, _ in gaes])
+        assert set(rewards.unique().tolist()) - {0} == {1} or switch == "norm_reward"
+        stats = script.load_agent(run_dir)
+        assert (stats.obs_stats.count > 0) == (switch == "norm_obs")
+        assert (stats.return_stats.count > 0) == (switch == "norm_reward")
+        if switch == "norm_reward":
+            expected = 1 / stats.return_stats.var.sqrt()
+            assert rewards.unique()[-1] > 0 and rewards[-1].max() == pytest.approx(
+                expected.item()
+            )
+
+
+@pytest.mark.parametrize("script", [ppo], indirect=True)
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "Mixed-v0"])
+def test_every_space_that_flattens_trains(script, tmp_path, env_id):
+    assert len(column(train(script, tmp_path, env_id=env_id), "iteration")) == 4
+
+
+# One seed decides everything, and who looks on changes nothing.
+
+
+def test_one_seed_decides_everything(script, tmp_path):
+    flags = {} if script is ppo_atari else {"norm_obs": True, "norm_reward": True}
+    first = outcome(train(script, tmp_path, **flags))
+    torch.rand(3)  # whatever happened before
+    assert first == outcome(train(script, tmp_path, **flags))
+    assert len(first[0]) == 4 and len(first[1]) > 1
+    assert first != outcome(train(script, tmp_path, **flags, seed=2))
+
+
+@vectors
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_vectorization_mode_does_not_change_the_run(script, tmp_path, mode):
+    changed = train(script, tmp_path, vectorization_mode=mode)
+    assert outcome(changed) == outcome(train(script, tmp_path))
+
+
+def test_each_start_has_environments_and_randomness_of_its_own(script):
+    """Of every seed and iteration, and of each environment."""
+    firsts, draws = [], []
+    for seed, iteration in itertools.product((1, 2), (0, 1, 2)):
+        envs, obs = script.start_envs(make_args(script, seed=seed), iteration)
+        firsts += [obs[0].tobytes(), obs[1].tobytes()]
+        draws.append(torch.rand(1).item())
+        envs.close()
+    assert len(set(firsts)) == 12 and len(set(draws)) == 6
+    again = script.start_envs(make_args(script, seed=2), 2)[1]
+    assert [obs.tobytes() for obs in again] == firsts[-2:] and torch.rand(
+        1
+    ).item() == draws[-1]
+
+
+def test_after_iteration_sees_the_agent_and_the_row_that_is_logged(script, tmp_path):
+    seen = []
+
+    def keep(agent, metrics):
+        assert isinstance(agent, script.Agent)
+        seen.append({name: "" if x is None else str(x) for name, x in metrics.items()})
+
+    run_dir = train(script, tmp_path, after_iteration=keep)
+    assert seen == read(run_dir / "metrics.csv") and len(seen) == 4
+
+
+def test_evaluating_on_the_way_changes_no_metric(script, tmp_path):
+    args = make_args(script, eval_episodes=1, num_envs=3, seed=5)
+    scores = []
+    evaluate = lambda agent, metrics: scores.append(script.evaluate(agent, args))
+    looked_at = train(script, tmp_path, after_iteration=evaluate, learning_rate=0.01)
+    assert outcome(looked_at) == outcome(train(script, tmp_path, learning_rate=0.01))
+    assert [score.shape for score in scores] == [(3, 1)] * 4
+    assert min(score.min() for score in scores) > 5
+
+
+def test_an_agent_saved_and_loaded_acts_identically(script, tmp_path):
+    agents, flags = [], {} if script is ppo_atari else {"norm_obs": True}
+    keep = lambda agent, metrics: agents.append(agent)
+    run_dir = train(script, tmp_path, after_iteration=keep, learning_rate=0.01, **flags)
+    trained, loaded = agents[-1], script.load_agent(run_dir)
+    if script is ppo_atari:
+        x = trained.features(torch.randint(256, (50, 4, 84, 84), dtype=torch.uint8))
+    else:
+        x = trained.normalize(torch.randn(1000, 4))
+        assert torch.equal(x, loaded.normalize(torch.randn(0, 4))) or len(x) == 1000
+    with torch.no_grad():
+        assert torch.equal(trained.actor(x), loaded.actor(x))
+        assert torch.equal(trained.value(x), loaded.value(x))
+        assert torch.equal(trained.act(x, greedy=True), loaded.act(x, greedy=True))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    args = dataclasses.replace(make_args(script), eval_episodes=2, num_envs=3)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    in_memory, reloaded = script.evaluate(trained, args), script.evaluate(loaded, args)
+    assert in_memory.shape == (3, 2) and np.array_equal(in_memory, reloaded)
+    for name, value in loaded.state_dict().items():  # evaluation changes nothing
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_evaluation_plays_as_many_whole_episodes_in_each_environment(
+    script, played, greedy
+):
+    args = make_args(script, num_envs=4, eval_episodes=3, greedy=greedy)
+    torch.manual_seed(1)
+    agent = script.Agent(script.make_envs(args), args)
+    scores = script.evaluate(agent, args)
+    obs, actions, rewards, ended = played()
+    for n in range(4):  # the first three, also where more were played
+        ends = np.flatnonzero(ended[:, n])[:3]
+        assert np.array_equal(scores[n], np.diff(rewards[:, n].cumsum()[ends], prepend=0))
+    assert ended.sum(0).min() == 3 and (greedy or ended.sum(0).max() > 3)
+    obs = torch.tensor(obs).flatten(0, 1)
+    x = agent.features(obs) if script is ppo_atari else agent.normalize(obs)
+    expected = agent.act(x, greedy=True).detach().numpy()
+    if script is ppo_continuous:
+        expected = agent.env_action(expected)
+    assert np.allclose(actions, expected.reshape(actions.shape), atol=1e-6) == greedy
+
+
+def test_evaluation_counts_no_reward_twice(script):
+    args = make_args(script, "Ring", num_envs=3, eval_episodes=2)
+    agent = script.Agent(script.make_envs(args), args)
+    assert script.evaluate(agent, args).tolist() == [[1 + 2 + 3 + 1] * 2] * 3
+
+
+# The end of a run, good or bad.
+
+
+def test_everything_is_closed_at_the_end(script, tmp_path, monkeypatch, fake_wandb):
+    """After an error in the environment, too."""
+    opened, start_envs, open_run = [], script.start_envs, script.Run.open
+
+    def start(*args):
+        envs, obs = start_envs(*args)
+        opened.append(envs.unwrapped)
+        return envs, obs
+
+    def open_files(run, *args):
+        open_run(run, *args)
+        opened.extend([run.metrics_file, run.episodes_file])
+        closes.append(run.bar.close)
+        run.bar.close = lambda: bars.append(1) or closes[-1]()
+
+    closes, bars = [], []
+    monkeypatch.setattr(script, "start_envs", start)
+    monkeypatch.setattr(script.Run, "open", open_files)
+    monkeypatch.setattr(environments.Faulty, "fails", True)
+    monkeypatch.setattr(environments.Faulty, "good_steps", 100)
+    train(script, tmp_path, "Stub", track=True)
+    with pytest.raises(RuntimeError, match="the environment is broken"):
+        train(script, tmp_path, "Faulty", track=True)
+    assert len(opened) == 6 and all(thing.closed for thing in opened)
+    assert fake_wandb.finished == len(bars) == 2
+
+
+def test_values_that_are_not_finite_end_the_run_before_anything_is_saved(
+    script, tmp_path, monkeypatch
+):
+    # With five steps an episode, 3 × 27 steps are played in three iterations.
+    monkeypatch.setattr(environments.Faulty, "good_steps", 90)
+    with pytest.raises(FloatingPointError, match="^iteration 4: "):
+        train(script, tmp_path, "Faulty", total_timesteps=6 * STEPS, save_every=1)
+    run_dir = only_run(tmp_path)
+    checkpoint = load(run_dir)
+    assert checkpoint["iteration"] == 3 == len(read(run_dir / "metrics.csv"))
+    assert all(value.isfinite().all() for value in checkpoint["agent"].values())
+
+
+def test_two_tracked_runs_in_one_process_are_two_runs(script, tmp_path, fake_wandb):
+    names = [train(script, tmp_path, track=True).name for _ in range(2)]
+    assert [settings["id"] for settings in fake_wandb.started] == names
+    assert fake_wandb.finished == 2 and len(fake_wandb.tracked) == 8
+
+
+# --compile
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager_and_compiles_once(script, tmp_path):
+    """One graph for the gradient, though the learning rate changes and rows are dropped."""
+    dynamo = torch._dynamo
+    dynamo.reset()
+    dynamo.utils.counters.clear()  # other tests of this process count too
+    eager = outcome(train(script, tmp_path))[0]
+    graphs = []
+
+    def count(agent, metrics):
+        graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
+
+    with dynamo.config.patch(error_on_recompile=True):
+        run_dir = train(script, tmp_path, after_iteration=count, compile=True)
+    compiled = outcome(run_dir)[0]
+    for one, other in zip(eager, compiled, strict=True):
+        for name in ("policy_loss", "value_loss", "entropy", "grad_norm", "approx_kl"):
+            expected = pytest.approx(float(one[name]), rel=1e-3, abs=1e-5)
+            assert float(other[name]) == expected, name
+    assert len(set(column(run_dir, "learning_rate"))) == 4
+    assert graphs == [2 if script is ppo_atari else 1] * 4  # Atari's rollout has another
+    assert not dynamo.utils.counters["graph_break"]
+
+
+# It learns.
+
+
+@pytest.mark.slow
+def test_the_best_actions_are_learned(script, tmp_path):
+    """Ten steps with a reward of 1 for the action that fits the state."""
+    flags = {"num_envs": 4, "num_steps": 32, "total_timesteps": 6400, "update_epochs": 4}
+    run_dir = train(script, tmp_path, "Sides", **flags, learning_rate=1e-3)
+    scores = [float(row["episodic_return"]) for row in read(run_dir / "episodes.csv")]
+    assert np.mean(scores[:20]) < 7 and np.mean(scores[-20:]) > 9
+    args = make_args(script, "Sides", num_envs=4, eval_episodes=2, greedy=True)
+    assert script.evaluate(script.load_agent(run_dir), args).mean() == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo], indirect=True)
+def test_cartpole_is_learned(script, tmp_path):
+    args = script.Args(total_timesteps=50_000, runs_dir=str(tmp_path))
+    returns = [
+        float(row["episodic_return"]) for row in read(script.train(args) / "episodes.csv")
+    ]
+    assert np.mean(returns[:20]) < 40
+    assert np.mean(returns[-50:]) > 150
