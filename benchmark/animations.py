@@ -1,9 +1,6 @@
-"""Makes the animations at the top of the README: agents of the scripts, filmed by --evaluate.
+"""Makes the animations of the README: trains agents, films them, writes results/NAME.gif.
 
-    python benchmark/animations.py    # MuJoCo without a display: MUJOCO_GL=egl or osmesa before it
-
-Trains what is missing in runs/animations/ (about half an hour), films one episode of each agent, or
-several if the pole falls at once, and writes the first seconds to results/NAME.gif.
+python benchmark/animations.py NAME ...    # or all; MuJoCo needs MUJOCO_GL=egl or osmesa
 """
 
 import subprocess
@@ -13,40 +10,41 @@ from pathlib import Path
 import gymnasium as gym
 from moviepy import VideoFileClip, concatenate_videoclips
 
-# The same environment, with a camera that follows: gymnasium's own loses sight of a fast agent.
+ROOT = Path(__file__).parents[1]
+AGENTS = {  # name: script and flags
+    "untrained": "ppo.py --learning-rate 0 --total-timesteps 512",
+    "cartpole": "ppo.py",
+    "half-cheetah": "ppo_continuous.py --env-id benchmark.animations:HalfCheetahFilm-v5",
+    "breakout": "ppo_atari.py",
+}
+# The same environment, with a camera that follows: gymnasium's own loses a fast agent.
 HALF_CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
 FILM = {"max_episode_steps": 1000, "kwargs": {"camera_name": "track"}}
 gym.register("HalfCheetahFilm-v5", HALF_CHEETAH, **FILM)
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-AGENTS = {  # name: script, flags
-    "cartpole-before": ("ppo.py", "--total-timesteps 512"),
-    "cartpole-after": ("ppo.py", ""),
-    "half-cheetah": (
-        "ppo_continuous.py",
-        "--env-id benchmark.animations:HalfCheetahFilm-v5 --compile",
-    ),
-    "breakout": ("ppo_atari.py", "--total-timesteps 1000000"),
-}
-SECONDS = 6
+
+def darken(picture):
+    """White, too bright on a dark page, becomes a bluish grey."""
+    picture = picture.copy()
+    picture[(picture > 240).all(-1)] = (150, 165, 180)
+    return picture
 
 
 def main():
-    for name, (script, flags) in AGENTS.items():
-        folder = ROOT / "runs" / "animations" / name
+    for name in sys.argv[1:] or AGENTS:
+        folder, (script, *flags) = ROOT / "runs/animations" / name, AGENTS[name].split()
         python = [sys.executable, ROOT / script]
         if not folder.exists():
-            subprocess.run([*python, *flags.split(), "--runs-dir", folder], check=True)
+            subprocess.run([*python, *flags, "--runs-dir", folder], check=True)
         (run_dir,) = folder.iterdir()
-        episodes = "10" if name == "cartpole-before" else "1"
-        film = ["--num-envs", "1", "--eval-episodes", episodes, "--capture-video"]
+        film = "--num-envs 1 --eval-episodes 5 --capture-video".split()
         subprocess.run([*python, "--evaluate", run_dir, *film], check=True)
-        newest = max(run_dir.glob("videos/*"))
-        paths = [newest] if newest.is_file() else sorted(newest.glob("*.mp4"))
-        clip = concatenate_videoclips([VideoFileClip(path) for path in paths])
-        clip = clip.subclipped(0, min(SECONDS, clip.duration)).resized(height=150)
-        clip.write_gif(RESULTS / f"{name}.gif", fps=12)
+        clip = concatenate_videoclips(
+            list(map(VideoFileClip, run_dir.glob("videos/**/*.mp4")))
+        )
+        clip = clip.subclipped(0, min(6, clip.duration)).image_transform(darken)
+        clip = clip.resized(height=250).cropped(x_center=clip.w * 125 / clip.h, width=250)
+        clip.write_gif(ROOT / "benchmark/results" / f"{name}.gif", fps=12)
 
 
 if __name__ == "__main__":

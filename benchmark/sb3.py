@@ -1,124 +1,56 @@
-"""Trains stable-baselines3's PPO on a continuous task, for run.py to set beside ppo_continuous.py.
+"""Trains stable-baselines3's PPO on a continuous task, to set beside ppo_continuous.py.
 
-    python benchmark/sb3.py --env-id Hopper-v5 --seed 1            # its defaults
-    python benchmark/sb3.py --env-id Hopper-v5 --seed 1 --tuned    # the hyperparameters of rl-zoo3
+    python benchmark/sb3.py --env-id Hopper-v5 --seed 1          # its defaults
+    python benchmark/sb3.py --env-id Hopper-v5 --seed 1 --tuned  # rl-zoo3's hyperparameters
 
-Both with VecNormalize, the sampled policy evaluated for ten episodes after every tenth of the
-steps. Leaves args.json, episodes.csv and evaluations.csv in a directory of runs_dir.
+Both with VecNormalize. Leaves the files that run.py reads in a directory of --runs-dir.
 """
 
-import csv
+import argparse
 import json
-import tempfile
-from dataclasses import asdict, dataclass
+import time
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
-import torch.nn as nn
-import tyro
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
+from stable_baselines3.common.vec_env import VecNormalize
 
-SIZES = [256, 256]
-WIDE = {
-    "log_std_init": -2,
-    "ortho_init": False,
-    "activation_fn": nn.ReLU,
-    "net_arch": {"pi": SIZES, "vf": SIZES},
-}
-TUNED = {  # rl-zoo3's hyperparams/ppo.yml, there for older versions of these environments
-    "HalfCheetah-v5": {
-        "batch_size": 64,
-        "n_steps": 512,
-        "gamma": 0.98,
-        "learning_rate": 2.0633e-05,
-        "ent_coef": 0.000401762,
-        "clip_range": 0.1,
-        "n_epochs": 20,
-        "gae_lambda": 0.92,
-        "max_grad_norm": 0.8,
-        "vf_coef": 0.58096,
-        "policy_kwargs": WIDE,
-    },
-    "Hopper-v5": {
-        "batch_size": 32,
-        "n_steps": 512,
-        "gamma": 0.999,
-        "learning_rate": 9.80828e-05,
-        "ent_coef": 0.00229519,
-        "clip_range": 0.2,
-        "n_epochs": 5,
-        "gae_lambda": 0.99,
-        "max_grad_norm": 0.7,
-        "vf_coef": 0.835671,
-        "policy_kwargs": WIDE,
-    },
-    "Walker2d-v5": {
-        "batch_size": 32,
-        "n_steps": 512,
-        "gamma": 0.99,
-        "learning_rate": 5.05041e-05,
-        "ent_coef": 0.000585045,
-        "clip_range": 0.1,
-        "n_epochs": 20,
-        "gae_lambda": 0.95,
-        "max_grad_norm": 1,
-        "vf_coef": 0.871923,
-    },
-}
-
-
-@dataclass
-class Args:
-    env_id: str = "HalfCheetah-v5"
-    total_timesteps: int = 1_000_000
-    seed: int = 1
-    tuned: bool = False
-    threads: int = 1
-    runs_dir: str = "runs"
-
-
-class Evaluations(BaseCallback):
-    def __init__(self, eval_envs, every):
-        super().__init__()
-        self.eval_envs, self.every, self.rows = eval_envs, every, []
-
-    def _on_step(self):
-        if self.num_timesteps % self.every == 0:
-            sync_envs_normalization(self.training_env, self.eval_envs)
-            options = {"deterministic": False, "return_episode_rewards": True}
-            returns, _ = evaluate_policy(self.model, self.eval_envs, 10, **options)
-            self.rows += [(self.num_timesteps, score) for score in returns]
-        return True
+STEPS = 1_000_000
+WIDE = {"log_std_init": -2, "ortho_init": False, "activation_fn": torch.nn.ReLU}
+WIDE["net_arch"] = {"pi": [256, 256], "vf": [256, 256]}
+NAMES = "batch_size n_steps gamma learning_rate ent_coef clip_range n_epochs gae_lambda "
+NAMES += "max_grad_norm vf_coef policy_kwargs"
+# rl-zoo3's hyperparams/ppo.yml, there for older versions of these environments
+CHEETAH = (64, 512, 0.98, 2.0633e-5, 4.01762e-4, 0.1, 20, 0.92, 0.8, 0.58096, WIDE)
+HOPPER = (32, 512, 0.999, 9.80828e-5, 2.29519e-3, 0.2, 5, 0.99, 0.7, 0.835671, WIDE)
+WALKER = (32, 512, 0.99, 5.05041e-5, 5.85045e-4, 0.1, 20, 0.95, 1, 0.871923, None)
+TUNED = {"HalfCheetah-v5": CHEETAH, "Hopper-v5": HOPPER, "Walker2d-v5": WALKER}
 
 
 def main():
-    args = tyro.cli(Args)
+    parser, began = argparse.ArgumentParser(), time.perf_counter()
+    parser.add_argument("--env-id", choices=TUNED, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tuned", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs-dir", default="runs")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    options = TUNED[args.env_id] if args.tuned else {}
-    gamma = options.get("gamma", 0.99)
-    Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
-    run_dir = Path(tempfile.mkdtemp(prefix=f"{args.env_id}__sb3__{args.seed}__", dir=args.runs_dir))
+    options = dict(zip(NAMES.split(), TUNED[args.env_id])) if args.tuned else {}
+    run_dir = Path(args.runs_dir, f"{args.env_id}__sb3__{args.seed}__{time.time_ns()}")
+    run_dir.mkdir(parents=True)
     envs = make_vec_env(args.env_id, 1, args.seed, monitor_dir=str(run_dir))
-    envs = VecNormalize(envs, gamma=gamma)
-    eval_envs = make_vec_env(args.env_id, 10, args.seed)
-    eval_envs = VecNormalize(eval_envs, training=False, norm_reward=False)
+    envs = VecNormalize(envs, gamma=options.get("gamma", 0.99))
     model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu", **options)
-    callback = Evaluations(eval_envs, args.total_timesteps // 10)
-    model.learn(args.total_timesteps, callback)
-    monitor = np.genfromtxt(run_dir / "0.monitor.csv", delimiter=",", skip_header=2)
-    returns, lengths = monitor[:, 0].tolist(), monitor[:, 1].astype(int)
-    episodes = list(zip(np.cumsum(lengths), returns, lengths))
-    columns = {"episodes.csv": ("global_step", "episodic_return", "episodic_length")}
-    columns["evaluations.csv"] = columns["episodes.csv"][:2]
-    for name, rows in (("episodes.csv", episodes), ("evaluations.csv", callback.rows)):
-        with open(run_dir / name, "w", newline="") as file:
-            csv.writer(file).writerows([columns[name], *rows])
-    (run_dir / "args.json").write_text(json.dumps(asdict(args)))
+    model.learn(STEPS)
+    monitor = pd.read_csv(run_dir / "0.monitor.csv", skiprows=1)
+    episodes = {"global_step": monitor.l.cumsum(), "episodic_return": monitor.r}
+    pd.DataFrame(episodes).to_csv(run_dir / "episodes.csv")
+    metrics = {"global_step": [STEPS], "seconds": [time.perf_counter() - began]}
+    pd.DataFrame(metrics).to_csv(run_dir / "metrics.csv")
+    (run_dir / "args.json").write_text(json.dumps(vars(args)))
 
 
 if __name__ == "__main__":

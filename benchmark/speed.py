@@ -1,157 +1,147 @@
-"""Steps per second of our scripts, stable-baselines3's and CleanRL's PPO, run in turn on the CPU.
+"""Steps per second of our scripts and of their peers, run in turn on the CPU.
 
     python benchmark/speed.py ppo_atari
-    python benchmark/speed.py ppo --python VENV/bin/python --cleanrl CLEANRL/cleanrl/ppo.py
-    python benchmark/speed.py ppo_continuous --python VENV/bin/python \\
-        --cleanrl CLEANRL/cleanrl/ppo_continuous_action.py
+    python benchmark/speed.py ppo --cleanrl VENV/bin/python CLEANRL/cleanrl/ppo.py
+    python benchmark/speed.py ppo --sbx VENV/bin/python
 
-CleanRL needs an environment of its own (gymnasium[mujoco] 0.29.1, mujoco 3.1.6, numpy < 2, tyro,
-tensorboard, setuptools < 81, the same torch); without these two flags it is left out, and so are
-the results. All train with the same hyperparameters, those of CleanRL's defaults: ppo on
-CartPole-v1; ppo_continuous on HalfCheetah-v5, in CleanRL's older gymnasium on HalfCheetah-v4, both
-with one thread; ppo_atari on Breakout without sticky actions, with all cores. With its own defaults
-ppo_continuous trains to the end.
-Start-up and the first steps (with --compile: the compilation) are not counted, but for CleanRL,
-whose own figure counts from its first step on. Writes results/speed_<script>.json.
+Appends to results/speed.csv. README.md beside this file says what is measured, and what the
+environments of CleanRL and SBX need; peers that are not given are left out.
 """
 
 import argparse
-import csv
-import json
+import importlib
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
+import pandas as pd
+import results
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 STEPS = {  # all of them, and those not counted
     "ppo": (100_000, 10_240),
     "ppo_continuous": (61_440, 20_480),
     "ppo_atari": (20_480, 5_120),
 }
 THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
-CLASSIC = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None --clip-vloss"
+SAME = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None "
+SAME += "--clip-vloss"
+RUNS = {  # flags of our script
+    "ppo": ["", "--compile", "--vectorization-mode sync", "--num-envs 32"],
+    "ppo_continuous": ["", "--compile"],
+    "ppo_atari": ["", "--compile", "--bf16 off"],
+}
+COLUMNS = "script cpu cores torch date round program steps_per_second".split()
 
 
-def ours(script, steps, *flags):
+def output_of(*command, **options):
+    options |= {"check": True, "capture_output": True, "text": True}
+    return subprocess.run(command, **options).stdout
+
+
+def ours(script, flags, steps):
     with tempfile.TemporaryDirectory() as runs_dir:
-        command = [sys.executable, ROOT / f"{script}.py", "--runs-dir", runs_dir, *flags]
-        command += f"--total-timesteps {steps} --threads {THREADS[script]} --device cpu".split()
-        subprocess.run(command, check=True, capture_output=True)
-        with open(next(Path(runs_dir).glob("*/metrics.csv")), newline="") as file:
-            rows = list(csv.DictReader(file))
-    counted = [row for row in rows if int(row["global_step"]) >= STEPS[script][1]]
-    steps = int(counted[-1]["global_step"]) - int(counted[0]["global_step"])
-    return steps / (float(counted[-1]["seconds"]) - float(counted[0]["seconds"]))
+        flags += f" --total-timesteps {steps} --threads {THREADS[script]} --device cpu"
+        path = HERE.parent / f"{script}.py"
+        output_of(sys.executable, path, "--runs-dir", runs_dir, *flags.split())
+        metrics = pd.read_csv(next(Path(runs_dir).glob("*/metrics.csv")))
+    ends = metrics[metrics.global_step >= STEPS[script][1]].iloc[[0, -1]]
+    return ends.global_step.diff().iloc[1] / ends.seconds.diff().iloc[1]
 
 
-def stable_baselines3(script, steps):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed; "
-    code += f"speed.train_sb3({script!r}, {steps})"
-    command = [sys.executable, "-c", code]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def cleanrl(script, python, file):
+    command = [Path(python).absolute(), Path(file).absolute(), "--no-cuda"]
+    with tempfile.TemporaryDirectory() as folder:  # it writes its runs there
+        steps = str(STEPS[script][0])
+        output = output_of(*command, "--total-timesteps", steps, cwd=folder)
+    return float(re.findall(r"SPS: (\d+)", output)[-1])  # its own, from the first step on
 
 
-def train_sb3(script, steps):
-    """Prints the steps per second of stable-baselines3's PPO with CleanRL's hyperparameters."""
-    import ale_py  # noqa: F401, registers the games
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+def peer(package, script, python=sys.executable):
+    """stable_baselines3 or sbx, in a process of its own."""
+    code = f"import speed; speed.train_peer({package!r}, {script!r})"
+    return float(output_of(python, "-c", code, cwd=HERE))
 
-    class Clock(BaseCallback):
-        began = None
 
-        def _on_rollout_start(self):
-            if self.began is None and self.num_timesteps >= STEPS[script][1]:
-                self.began, self.first = time.perf_counter(), self.num_timesteps
+class Clock(BaseCallback):
+    """Begins with the first rollout after so many steps."""
 
-        def _on_step(self):
-            return True
+    def __init__(self, steps):
+        super().__init__()
+        self.steps, self.began = steps, None
 
+    def _on_rollout_start(self):
+        if self.began is None and self.num_timesteps >= self.steps:
+            self.began, self.first = time.perf_counter(), self.num_timesteps
+
+    def _on_step(self):
+        return True
+
+
+def train_peer(package, script):
+    """Prints the steps per second of the package's PPO."""
     torch.set_num_threads(THREADS[script])
-    clock, sizes, rate, clip = Clock(), {"pi": [64, 64], "vf": [64, 64]}, 2.5e-4, 0.2
+    policy, rate, clip, sizes = "MlpPolicy", 2.5e-4, 0.2, {"pi": [64, 64], "vf": [64, 64]}
+    options = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01}
     if script == "ppo":
         envs = make_vec_env("CartPole-v1", 4)
-        options = {"n_steps": 128, "batch_size": 128, "n_epochs": 4, "ent_coef": 0.01}
     elif script == "ppo_continuous":
         envs, rate = VecNormalize(make_vec_env("HalfCheetah-v5", 1)), 3e-4
-        options = {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
+        options |= {"n_steps": 2048, "batch_size": 64, "n_epochs": 10, "ent_coef": 0.0}
         sizes["vf"] = [256, 256]
     else:
-        envs, clip = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8), 4), 0.1
-        options = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01}
-    if script != "ppo_atari":
+        import ale_py  # noqa: F401, registers the games
+
+        envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8), 4)
+        policy, clip, options["batch_size"] = "CnnPolicy", 0.1, 256
+    if policy == "MlpPolicy":
         options["policy_kwargs"] = {"net_arch": sizes}
-    options |= {"learning_rate": lambda left: rate * left}
-    options |= {"clip_range": clip, "clip_range_vf": clip}
-    policy = "CnnPolicy" if script == "ppo_atari" else "MlpPolicy"
-    model = PPO(policy, envs, device="cpu", seed=1, **options)
-    model.learn(steps, callback=clock)
+    options |= {"learning_rate": lambda left: rate * left, "clip_range": clip, "seed": 1}
+    if package == "stable_baselines3":  # SBX does not clip the value loss
+        options |= {"clip_range_vf": clip, "device": "cpu"}
+    algorithm, clock = importlib.import_module(package).PPO, Clock(STEPS[script][1])
+    model = algorithm(policy, envs, **options)
+    model.learn(STEPS[script][0], callback=clock)
     print((model.num_timesteps - clock.first) / (time.perf_counter() - clock.began))
-
-
-def cleanrl(steps, python, script):
-    with tempfile.TemporaryDirectory() as folder:  # it writes its runs into the working directory
-        command = [Path(python).absolute(), Path(script).absolute(), "--no-cuda"]
-        command += ["--total-timesteps", str(steps)]
-        options = {"check": True, "capture_output": True, "text": True, "cwd": folder}
-        output = subprocess.run(command, **options).stdout
-    return float(re.findall(r"SPS: (\d+)", output)[-1])  # its own count, from its first step on
-
-
-def machine():
-    models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    model = models[0] if models else platform.processor()
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("script", choices=STEPS)
-    parser.add_argument("--python", help="of CleanRL's environment")
-    parser.add_argument("--cleanrl", help="its script")
+    parser.add_argument("--cleanrl", nargs=2, metavar=("PYTHON", "SCRIPT"))
+    parser.add_argument("--sbx", metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(THREADS[args.script])
     script, steps = args.script, STEPS[args.script][0]
-    same = CLASSIC.split() if script == "ppo_continuous" else []
-    programs = {
-        f"{script}.py": lambda: ours(script, steps, *same),
-        f"{script}.py --compile": lambda: ours(script, steps, *same, "--compile"),
-        "stable-baselines3": lambda: stable_baselines3(script, steps),
-    }
-    if args.cleanrl and args.python:
-        programs["CleanRL"] = lambda: cleanrl(steps, args.python, args.cleanrl)
-    if script == "ppo":  # sync: environments in Python, as the peers have them
-        sync = lambda: ours(script, steps, *same, "--vectorization-mode", "sync")
-        programs["ppo.py --vectorization-mode sync"] = sync
-        programs["ppo.py --num-envs 32"] = lambda: ours(script, 8 * steps, "--num-envs", "32")
-    elif script == "ppo_continuous":
-        whole = 1_000_000  # the limit of the KL ends more of the later updates early
-        compiled = lambda: ours(script, whole, "--compile")
-        programs["ppo_continuous.py, its own defaults"] = lambda: ours(script, whole)
-        programs["ppo_continuous.py --compile, its own defaults"] = compiled
-    else:
-        programs["ppo_atari.py --bf16 off"] = lambda: ours(script, steps, "--bf16", "off")
-    rounds = []
-    for _ in range(args.rounds):
-        rounds.append({name: round(program()) for name, program in programs.items()})
-        print(rounds[-1], flush=True)
-    if "CleanRL" not in programs and script != "ppo_atari":
-        return
-    target = Path(__file__).parent / "results" / f"speed_{script}.json"
-    target.parent.mkdir(exist_ok=True)
-    data = {"machine": machine(), "steps": steps, "rounds": rounds}
-    target.write_text(json.dumps(data, indent=2) + "\n")
+    same = SAME if script == "ppo_continuous" else ""
+    os.environ["OMP_NUM_THREADS"] = str(THREADS[script])
+    where = [f"{script}.py", results.cpu(), os.cpu_count(), torch.__version__, date.today()]
+    for turn in range(1, args.rounds + 1):
+        found = {}
+        for flags in RUNS[script]:
+            name = f"{script}.py {flags}".strip()
+            count = 8 * steps if "--num-envs" in flags else steps
+            found[name] = ours(script, f"{same} {flags}", count)
+            if same:  # a whole training, since the KL limit acts in the later updates
+                found[f"{name}, its own defaults"] = ours(script, flags, 1_000_000)
+        found["stable-baselines3"] = peer("stable_baselines3", script)
+        if args.cleanrl:
+            found["CleanRL"] = cleanrl(script, *args.cleanrl)
+        if args.sbx:
+            found["SBX"] = peer("sbx", script, args.sbx)
+        rows = [[*where, turn, name, round(speed)] for name, speed in found.items()]
+        results.append("speed.csv", COLUMNS, rows)
+        print(found, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,233 +1,293 @@
-"""The runner of the studies: replacements in the source, summaries, interrupted and failed runs."""
+"""benchmark/: what is declared, run, stored; statistics and verdicts; patches; report."""
 
-import json
+import csv
+import shutil
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
+import claims
+import estimates
+import findings
 import numpy as np
+import pandas as pd
 import pytest
-import torch
-
-import ppo
+import report
+import results
+import run as runner
+import studies
+import tables
+from studies import CHEETAH, LUNAR, STUDIES, Arm, Block, Run, Study
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmark"))
-
-import report  # noqa: E402 (the line above finds it)
-import run as runner  # noqa: E402
-import studies  # noqa: E402
-
-EDITED = {run.edits: run for runs in studies.STUDIES.values() for run in runs if run.edits}
-FLAGS = (
-    "--num-envs 4 --num-steps 32 --num-minibatches 2 --total-timesteps 1280 --save-every 2"
-)
-SMALL = studies.Run("study", "CartPole", 1, "ppo.py", "CartPole-v1", FLAGS)
+SIZES = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2"
+POLE = "CartPole-v1"
+PATCHES = sorted((ROOT / "benchmark" / "variations").glob("*.patch"))
 
 
-@pytest.mark.parametrize("run", EDITED.values(), ids=lambda run: run.label)
-def test_replacements_fit_todays_scripts(tmp_path, run):
-    text = runner.edited_script(run, tmp_path).read_text()
-    compile(text, run.script, "exec")
-    assert all(text.count(new) == 1 for _, new in run.edits)
-
-
-@pytest.mark.parametrize("old", ["no such line", "import"])
-def test_a_replacement_must_fit_exactly_once(tmp_path, old):
-    run = studies.Run("study", "x", 1, "ppo.py", "CartPole-v1", edits=((old, "new"),))
-    with pytest.raises(ValueError, match="not once"):
-        runner.edited_script(run, tmp_path)
-
-
-def edited_module(tmp_path, edits):
-    run = studies.Run("study", "x", 1, "ppo_continuous.py", "Pendulum-v1", edits=edits)
-    names = {"__name__": "edited"}
-    sys.modules["edited"] = type(sys)("edited")  # where dataclasses look
-    exec(compile(runner.edited_script(run, tmp_path).read_text(), "edited", "exec"), names)
-    return names
-
-
-@pytest.mark.parametrize(("edits", "units"), [((), 256), (studies.NARROW_CRITIC, 64)])
-def test_the_critic_has_256_units_or_64(tmp_path, edits, units):
-    names = edited_module(tmp_path, edits)
-    args = names["Args"](env_id="Pendulum-v1")
-    envs = names["make_envs"](args)
-    agent = names["Agent"](
-        envs.single_observation_space, envs.single_action_space, True, 0, True
-    )
-    assert [layer.out_features for layer in agent.critic[::2]] == [units, units, 1]
-    assert [layer.out_features for layer in agent.actor[::2]] == [64, 64, 1]
-
-
-def test_the_deviation_of_actions_stays_above_its_floor(tmp_path):
-    names = edited_module(tmp_path, (studies.SIGMA_FLOOR,))
-    flags = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 32}
-    args = names["Args"](
-        env_id="Pendulum-v1", initial_log_std=-5, runs_dir=str(tmp_path / "runs"), **flags
-    )
-    state = torch.load(names["train"](args) / "checkpoint.pt")["agent"]
-    assert state["log_std"].min().item() == pytest.approx(-2, abs=0.01)
-
-
-def test_advantages_are_divided_by_no_less_than_their_running_deviation(tmp_path):
-    names = edited_module(tmp_path, studies.ADVANTAGE_FLOOR)
-    small = torch.tensor([0.1, -0.1])
-    assert torch.equal(
-        names["normalize_advantages"](small), small
-    )  # divided by 1, not by 0.14
-    large = torch.tensor([10.0, -10.0])
-    torch.testing.assert_close(
-        names["normalize_advantages"](large), ppo.normalize_advantages(large)
-    )
-
-
-def test_a_shorter_time_limit_ends_episodes_in_training(tmp_path):
-    names = edited_module(tmp_path, (studies.SHORT_EPISODES,))
-    envs, _ = names["start_envs"](names["Args"](env_id="Pendulum-v1", num_envs=2), 0)
-    ended = [envs.step(envs.action_space.sample())[3].tolist() for _ in range(100)]
-    assert ended == [[False, False]] * 99 + [[True, True]]
+def clear():
+    for module in (results, tables, claims):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    return tmp_path / "results"
+def stored(tmp_path, monkeypatch):
+    """An empty folder for results."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    clear()
+    yield tmp_path / "results"
+    clear()
 
 
-def test_a_summary_holds_what_the_tables_need(tmp_path, results):
-    run_dir = ppo.train(ppo.Args(total_timesteps=10_240, gamma=0.9, runs_dir=str(tmp_path)))
-    kept = runner.summary(SMALL, run_dir)
-    episodes = np.genfromtxt(run_dir / "episodes.csv", delimiter=",", names=True)
-    assert kept["score"] == pytest.approx(
-        episodes["episodic_return"][-100:].mean(), rel=1e-4
+def write(study, scores):
+    """Made-up rows: {(task, arm): {seed: score}}."""
+    arms = pd.DataFrame(scores).rename_axis("seed").unstack().dropna().rename("score")
+    table = arms.rename_axis(["task", "arm", "seed"]).reset_index()
+    table = table.assign(study=study, steps=1000, last_quarter=table.score)
+    table.reindex(columns=results.COLUMNS).to_csv(
+        results.RESULTS / f"{study}.csv", index=False
     )
-    assert kept["last_lengths"] == episodes["episodic_length"][-100:].astype(int).tolist()
-    last_part = episodes["global_step"] > 10_240 * 199 / 200
-    if last_part.any():
-        mean = episodes["episodic_return"][last_part].mean()
-        assert kept["curve"][-1] == pytest.approx(mean, rel=1e-4)
-    assert len(kept["curve"]) == 200 and kept["flags"] == {
-        "total_timesteps": 10_240,
-        "gamma": 0.9,
-    }
-    losses = np.genfromtxt(run_dir / "metrics.csv", delimiter=",", names=True)["value_loss"]
-    halves = [part for part in kept["metrics"]["value_loss"] if part is not None]
-    assert halves == pytest.approx(losses.tolist(), rel=1e-3)  # 20 iterations: no means
-    assert len(json.dumps(kept)) < 10_000
+    clear()
 
 
-def test_an_interrupted_run_is_continued(tmp_path, results, monkeypatch):
-    log, whole = ppo.Logger.log, runner.train(SMALL, tmp_path / "whole", resume=False)
-
-    def interrupted_log(logger, metrics, *rollout):
-        if metrics["iteration"] == 6:
-            raise KeyboardInterrupt
-        log(logger, metrics, *rollout)
-
-    monkeypatch.setattr(ppo.Logger, "log", interrupted_log)
-    runs_dir = tmp_path / "part/study/CartPole-1/runs"
-    sizes = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "total_timesteps": 1280}
-    with pytest.raises(KeyboardInterrupt):
-        ppo.train(ppo.Args(**sizes, save_every=2, runs_dir=str(runs_dir)))
-    (interrupted,) = runs_dir.iterdir()
-    assert runner.train(SMALL, tmp_path / "part", resume=True) == interrupted
-    texts = [(run_dir / "episodes.csv").read_text() for run_dir in (whole, interrupted)]
-    assert texts[0] == texts[1]
+# ---------- What is declared ----------
+def test_a_study_is_tasks_times_arms_times_seeds(monkeypatch):
+    arms = {"base": Arm(), "short": Arm("--gamma 0.9", "spo")}
+    tasks = {"A-v0": "ppo.py", "B-v0": "ppo.py --num-envs 2"}
+    monkeypatch.setitem(STUDIES, "study", Study([Block(tasks, arms, range(1, 3))]))
+    found = studies.runs("study")
+    assert len(set(found)) == 8 and [run.seed for run in found] == [1] * 4 + [2] * 4
+    flags = "--num-envs 2 --gamma 0.9"
+    assert Run("study", "B-v0", "short", 1, "ppo.py", "spo", flags) in found
 
 
-def test_after_short_episodes_the_finished_agent_plays_whole_ones(tmp_path, results):
-    edits = (studies.SHORT_EPISODES,)
-    kind = ("double-pendulum", "x", 1, "ppo_continuous.py", "Pendulum-v1")
-    flags = FLAGS.replace("--save-every 2", "--save-every 10")  # 320 steps without a reset
-    runner.execute(studies.Run(*kind, flags, edits), tmp_path, resume=False)
-    kept = json.loads((results / "double-pendulum/x-1.json").read_text())
-    # Every step of Pendulum costs something: 200 steps cost about twice as much as 100.
-    assert kept["evaluation"] < 1.5 * kept["score"] < 0
+def test_every_declared_flag_and_patch_exists():
+    for script, variation, flags in {run[4:] for x in STUDIES for run in studies.runs(x)}:
+        text = (ROOT / script).read_text()
+        if variation:
+            name = f"benchmark/variations/{variation}.{Path(script).stem}.patch"
+            text += (ROOT / name).read_text()
+        for flag in [word for word in flags.split() if word.startswith("--")]:
+            name = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
+            assert f" {name}: " in text or f'"{flag}"' in text, flag
 
 
-def test_a_failed_run_is_reported_and_the_others_are_done(
-    tmp_path, results, monkeypatch, capfd
-):
-    bad = studies.Run("study", "bad", 1, "ppo.py", "NoSuchGame-v0", FLAGS)
-    monkeypatch.setitem(runner.STUDIES, "study", [bad, SMALL])
-    argv = ["run.py", "study", "--jobs", "1", "--work", str(tmp_path / "work")]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit, match="failed: bad-1"):
-        runner.main()
-    output = capfd.readouterr().out
-    assert "[1/2, 1 failed;" in output and "NoSuchGame" in output
-    assert "CartPole-1: done" in output
-    assert [path.name for path in (results / "study").iterdir()] == ["CartPole-1.json"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--dry-run"])
-    runner.main()  # only the one that failed is left
-    expected = "python benchmark/run.py study --jobs 1 --resume --only bad-1\n"
-    assert capfd.readouterr().out == expected
+def test_what_claims_compare_and_what_has_been_run_is_declared():
+    declared = {run[1:3] for x in ("claims", "claims-2") for run in studies.runs(x)}
+    for row in claims.TABLE.itertuples():
+        assert {(x, y) for x in row.tasks.split() for y in (row.arm, row.base)} <= declared
+    for study in STUDIES:
+        rows = results.load(study)
+        keys = list(zip(rows.task, rows.arm, rows.seed))
+        assert len(set(keys)) == len(keys)
+        assert set(keys) <= {run[1:4] for run in studies.runs(study)}
 
 
-def test_evaluations_on_the_way_do_not_disturb_training(tmp_path):
-    flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", "20480"]
-    outcomes = []
-    for name in ("benchmark/train_and_evaluate.py", "ppo_continuous.py"):
-        runs_dir = tmp_path / Path(name).name
-        command = [sys.executable, ROOT / name, *flags, "--runs-dir", runs_dir]
-        subprocess.run(command, check=True, capture_output=True, timeout=100)
-        outcomes.append(next(runs_dir.iterdir()))
-    evaluated, plain = outcomes
-    texts = [(run_dir / "episodes.csv").read_text() for run_dir in outcomes]
-    assert texts[0] == texts[1]
-    evaluations = np.genfromtxt(evaluated / "evaluations.csv", delimiter=",", names=True)
-    assert (
-        evaluations["global_step"].tolist()
-        == np.repeat(2048 * np.arange(1, 11), 10).tolist()
-    )
-    assert (
-        evaluations["episodic_return"][-10:].mean()
-        > evaluations["episodic_return"][:10].mean()
-    )
-    assert len((evaluated / "reloaded.csv").read_text().splitlines()) == 21
-    assert not (plain / "evaluations.csv").exists()
+# ---------- What is stored ----------
+def append_many(folder, name):
+    results.RESULTS = folder
+    for i in range(200):
+        results.append("study.csv", ["name", "i", "text"], [[name, i, "x" * 500]] * 2)
 
 
-def test_tuned_flags_are_chosen_on_some_seeds_and_reported_on_others(tmp_path, monkeypatch):
-    """Made-up runs: the score of seed s is 10 s for one candidate of Swimmer, else s."""
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    missing = "Swimmer-v5, InvertedDoublePendulum-v5, Pendulum-v1, BipedalWalker-v3"
-    assert report.tuned() == [f"Missing runs: {missing}."]
-    monkeypatch.setitem(studies.TUNED_CHOSEN, "Swimmer-v5", "gamma-0.9999")
-    runs = [*studies.tuned(), *studies.double_pendulum()]
-    runs += [run for run in studies.selection() if run.label.endswith("critic-256-32x64")]
-    for run in runs:
-        score = run.seed * (10 if "gamma" in run.label else 1)
-        made_up = {
-            "score": score,
-            "evaluation": score + 7,
-            "curve": [None, score, 0],
-            "last_lengths": [29] * 25 + [30] * 75,
-        }
-        made_up["metrics"] = {"entropy": [0.5 * np.log(2 * np.pi * np.e)]}
-        (tmp_path / run.study).mkdir(exist_ok=True)
-        (tmp_path / run.study / f"{run.name}.json").write_text(json.dumps(made_up))
-    rows = [row for row in report.tuned() if "Swimmer" in row]
-    assert "| `default` |  | 3.0 ± 1.6 |  |  |" in rows[0]
-    assert (
-        "| `--gamma 0.9999` | 30.0 ± 15.8 | **80.0 ± 15.8** | 281.6 ± 9.7 (rl-zoo3) |"
-        in rows[1]
-    )
-    assert "| 3.0 ± 1.6 |  |  |" in rows[2]
-    fresh = sorted(run["score"] for run in report.tuned_runs("Swimmer-v5"))
-    assert fresh == [60, 70, 80, 90, 100]
-    (row,) = [row for row in report.double_pendulum() if "`slow`" in row]
-    assert row.endswith(
-        "| `--learning-rate 1e-4` | 3.0 ± 1.6 | 10.0 ± 1.6 | 3 | 25 % | 1.000 |"
-    )
-    (row,) = [row for row in report.tuned() if "short-episodes" in row]
-    assert "| 10.0 ± 1.6 |" in row  # by what the finished agent scores
+def test_two_processes_append_at_once(stored):
+    context = get_context("spawn")
+    jobs = [context.Process(target=append_many, args=(stored, name)) for name in "ab"]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    with open(stored / "study.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["name", "i", "text"]
+    assert len(rows) == 800 and all(len(row[2]) == 500 for row in rows)
+    assert [int(i) for name, i, _ in rows if name == "a"][::2] == list(range(200))
 
 
-@pytest.mark.parametrize("score", [282, 281])
-def test_the_second_count_names_the_tasks_that_tuned_flags_win(score, monkeypatch):
-    fresh = {"Swimmer-v5": [{"score": score - 50}, {"score": score + 50}]}
-    monkeypatch.setattr(report, "tuned_runs", lambda task: fresh.get(task, []))
-    (line,) = report.below()
-    assert "Swimmer-v5" in line.split(". ")[0]  # behind with default flags: the first count
-    assert line.endswith("level or ahead on Swimmer-v5.") == (score == 282)
+def execute(tasks, tmp_path, monkeypatch, *more):
+    """Runs a study of one arm and one seed; returns its rows."""
+    study = Study([Block(tasks, {"a": Arm()}, [1])], ("entropy",), 10, 20)
+    monkeypatch.setitem(STUDIES, "study", study)
+    arguments = ["study", "--jobs", "1", "--work", str(tmp_path / "work"), *more]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    clear()
+    runner.main()
+    clear()
+    return results.load("study")
+
+
+def test_a_finished_run_is_a_row_with_curves(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.shutil, "rmtree", lambda path: None)  # keep its directory
+    tasks = {POLE: f"ppo.py {SIZES} --total-timesteps 9600"}
+    row = execute(tasks, tmp_path, monkeypatch).iloc[0]
+    (path,) = (tmp_path / "work/study").glob("*/runs/*/episodes.csv")
+    episodes, metrics = pd.read_csv(path), pd.read_csv(path.with_name("metrics.csv"))
+    returns, curves = episodes.episodic_return, results.load_curves("study")
+    assert (row.task, row.arm, row.seed, row.steps, row.threads) == (POLE, "a", 1, 9600, 1)
+    assert row.score == pytest.approx(returns[-100:].mean())
+    assert row.mean_return == pytest.approx(returns.mean())
+    assert row.last_quarter == pytest.approx(returns[episodes.global_step > 7200].mean())
+    assert row.episodes == len(returns) and row.played == 20
+    assert 8 <= row.sampled <= 500 and 8 <= row.greedy <= 500 and row.sampled != row.greedy
+    assert "gamma=0.99" in row["flags"] and row.commit and row.torch and row.cpu
+    assert curves[POLE, "a", 1, "return"][-1] == pytest.approx(row.score, rel=1e-4)
+    entropy = metrics.entropy.to_numpy().reshape(100, 3).mean(1)
+    assert curves[POLE, "a", 1, "entropy"] == pytest.approx(entropy, rel=1e-3)
+    assert len(curves[POLE, "a", 1, "evaluations"]) == 10 and runner.missing("study") == []
+
+
+def test_an_interrupted_run_is_continued(stored, tmp_path, monkeypatch):
+    flags = f"{SIZES} --total-timesteps 6400 --save-every 20"
+    folder = tmp_path / f"work/study/{POLE}--a-1/runs"
+    command = [sys.executable, ROOT / "benchmark/train.py", ROOT / "ppo.py", "10", "0"]
+    command += [*f"--env-id {POLE} --seed 1 {flags}".split(), "--runs-dir", folder]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (folder / "evaluation.json").exists() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    (run_dir,) = folder.glob("*/")
+    rows = execute({POLE: f"ppo.py {flags}"}, tmp_path, monkeypatch, "--resume")
+    assert rows.steps.tolist() == [6400] and not run_dir.exists()  # it went on there
+    assert len(results.load_curves("study")[POLE, "a", 1, "evaluations"]) == 10
+
+
+def test_a_failed_run_does_not_stop_the_others(stored, tmp_path, monkeypatch, capsys):
+    tasks = {"NoSuch-v0": "ppo.py", POLE: f"ppo.py {SIZES} --total-timesteps 9600"}
+    with pytest.raises(SystemExit, match="failed: NoSuch-v0--a-1"):
+        execute(tasks, tmp_path, monkeypatch)
+    assert "NoSuch" in capsys.readouterr().out
+    assert execute(tasks, tmp_path, monkeypatch, "--dry-run").task.tolist() == [POLE]
+    expected = "python benchmark/run.py study --jobs 1 --resume --only 'NoSuch-v0--a-1'\n"
+    assert capsys.readouterr().out == expected
+
+
+# ---------- Statistics and verdicts ----------
+def test_intervals_against_worked_numbers():
+    assert estimates.iqm(np.array([0, 10, 20, 1000])) == 15
+    half = 2.4375 * 1.05**0.5  # t at 6.097 degrees of freedom, times the standard error
+    found = estimates.welch((10, 2, 5), (8, 1, 4))
+    assert found == pytest.approx((2 - half, 2 + half), abs=1e-3)
+    scores = {"a": (np.array([12.0, 14, 13]), np.array([10.0, 11, 12]))}
+    half = 4.3027 * 0.1 / 3**0.5  # t at 2 degrees of freedom; the base gains 10
+    found = estimates.paired_effects(scores, {"a": 1.0})["a"]
+    assert found == pytest.approx((0.2, 0.2 - half, 0.2 + half), abs=1e-4)
+    base, arm = np.array([90.0, 110.0] * 10), np.array([55.0, 65.0] * 5)
+    arms = {"arm": arm, "base": base}
+    effects = estimates.drawn_effects({"a": ("arm", "base", "base", arms)}, {"a": 0.0})
+    effect, low, high = effects["a"]
+    assert effect == pytest.approx(-0.4) == effects["all"][0]
+    assert -0.46 < low < -0.42 and -0.38 < high < -0.34  # standard error 0.02
+
+
+def test_verdicts_of_the_first_round():
+    clear, none, wide = (-0.5, -0.6, -0.4), (0.0, -0.1, 0.1), (-0.2, -0.4, 0.1)
+    verdict = claims.first_verdict
+    assert verdict({"a": clear, "b": none, "all": clear}) == ("matters", ("a",), 0)
+    assert verdict({"a": wide, "b": wide, "all": clear}).word == "not settled"
+    found = verdict({"a": clear, "b": (0.5, 0.4, 0.6), "all": none})
+    assert found.word == "depends on the task"
+    assert verdict({"a": none, "all": none}).word == "does not matter"
+    assert verdict({"a": wide, "all": wide}).bound == pytest.approx(0.25)
+
+
+def made_up_claim(stored, effects, last=80):
+    """Runs of claim 3 in which its arm changes what is learned by effects."""
+    shutil.copy(ROOT / "benchmark/results/random.csv", stored)
+    for study, seeds in (("claims", range(1, 21)), ("claims-2", range(21, last + 1))):
+        scores = {}
+        for task, effect in zip((CHEETAH, LUNAR), effects):
+            change = effect * (110 - claims.random_returns()[task])
+            scores[task, "base"] = {seed: 110 + np.sin(seed) for seed in seeds}
+            arm = {seed: 110 + np.sin(seed) + change for seed in seeds}
+            scores[task, "no-norm-adv"] = arm
+        write(study, scores)
+
+
+@pytest.mark.parametrize(
+    ("effects", "expected"),
+    [
+        ((-0.3, -0.3), "holds"),
+        ((0.3, 0.3), "does not hold"),
+        ((0.01, -0.01), "does not hold"),  # it does not matter
+        ((-0.3, 0.3), "depends on the task"),
+        ((-0.3, 0.0), "holds on HalfCheetah-v5"),
+    ],
+)
+def test_verdicts_of_the_second_round(stored, effects, expected):
+    made_up_claim(stored, effects)
+    assert findings.verdict("norm-adv") == expected
+
+
+def test_the_second_round_decides_when_it_is_complete(stored):
+    made_up_claim(stored, (-0.3, -0.3), last=79)
+    assert claims.second_scores("norm-adv", "advantages not normalised")[1] == 1
+    assert "missing runs: 1" in findings.effects("norm-adv").to_string()
+    rng = np.random.default_rng(0)
+    base = rng.normal(100, 40, 20)
+    verdict = claims.second_verdict({"a": (base + rng.normal(0, 40, 20), base)}, {"a": 0.0})
+    assert verdict.word == "not settled" and 0.15 < verdict.bound < 0.6
+
+
+def test_scores_are_compared_by_protocol(stored):
+    write("results", {(POLE, "default"): dict.fromkeys(range(21, 31), 450.0)})
+    rows = ["task,env_version,steps,protocol,mean,spread,seeds,source,address,note"]
+    rows += [f"{POLE},x,1000,training,400,10,5,A,u,", f"{POLE},x,900,greedy,500,,1,B,u,"]
+    rows += [f"{POLE},x,5000,training,499,1,5,C,u,"]  # more steps than ours
+    (stored / "published.csv").write_text("\n".join(rows))
+    found = tables.compared()[["protocol", "ours is"]].to_numpy().tolist()
+    assert found == [["training", "ahead"]]
+    assert tables.counts("default").ahead.tolist() == [f"1: {POLE}"]
+
+
+def test_candidates_for_the_defaults_are_compared_seed_by_seed(stored):
+    factors = {"default": 100.0, "no-recompute": 110.0}
+    tasks = [(task, arm) for task in studies.CHOICE for arm in factors]
+    scores = {x: {seed: factors[x[1]] * seed for seed in range(11, 21)} for x in tasks}
+    write("defaults", scores)
+    expected = ["no-recompute", 10, "**1.100** [1.100, 1.100]"]
+    assert tables.defaults().to_numpy().tolist() == [expected]
+
+
+# ---------- Patches and report ----------
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
+def test_a_patch_applies_and_trains(patch, tmp_path):
+    variation, script, _ = patch.name.split(".")
+    subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
+    copy = runner.patched(f"{script}.py", variation, tmp_path)
+    flags = f"--total-timesteps 96 {SIZES} --runs-dir {tmp_path / 'runs'} --env-id "
+    flags += POLE if script == "ppo" else "Pendulum-v1"
+    subprocess.run([sys.executable, copy, *flags.split()], check=True, capture_output=True)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert len((run_dir / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_a_patch_that_does_not_fit_says_how_to_renew_it(tmp_path, monkeypatch):
+    (tmp_path / "variations").mkdir()
+    text = (ROOT / "benchmark/variations/spo.ppo.patch").read_text()
+    text = text.replace("clipped_ratio", "other")
+    (tmp_path / "variations/spo.ppo.patch").write_text(text)
+    monkeypatch.setattr(runner, "HERE", tmp_path)
+    with pytest.raises(ValueError, match="spo.ppo.patch does not fit(.|\n)*git diff"):
+        runner.patched("ppo.py", "spo", tmp_path / "copy")
+
+
+def test_texts_and_figures_are_those_of_the_results():
+    command = [sys.executable, ROOT / "benchmark" / "report.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_number_and_a_changed_figure_are_detected():
+    text = (ROOT / "benchmark" / "README.md").read_text()
+    before, after = text.split("<!-- results -->")
+    changed = f"{before}<!-- results -->{after.replace('279', '278', 1)}"
+    assert changed != text and report.render(changed) == text
+    figures = [report.figures.panels(1, (2, 2)) for _ in range(2)]
+    for points, (_, (axis,)) in zip(([1, 2], [1, 3]), figures):
+        axis.plot(points)
+    assert len({report.fingerprint(figure) for figure, _ in figures}) == 2

@@ -1,0 +1,143 @@
+"""Tables, verdicts and single numbers for claims.md and for the prose of both READMEs."""
+
+import ast
+import re
+
+import claims
+import numpy as np
+import pandas as pd
+from estimates import iqm, paired_effects, summary, welch
+from results import ROOT, load
+from studies import CHEETAH
+from tables import CI, final_runs, number, rounds_of_speed
+
+
+def percent(x):
+    text = f"{100 * x:+.0f}"
+    return ("0" if float(text) == 0 else text.replace("-", "−")) + "\u00a0%"
+
+
+def interval(mean, low, high):
+    return f"{percent(mean)} [{percent(low)}, {percent(high)}]"
+
+
+def each_task(effects):
+    return "; ".join(f"{t}: {interval(*e)}" for t, e in effects.items() if t != "all")
+
+
+# ---------- Claims ----------
+def effects(claim):
+    """The comparisons of a claim, round by round."""
+    rows = []
+    for label, found in claims.first_effects(claim).items():
+        paired = each_task(claims.first_effects(claim, same_seeds=True)[label])
+        rows.append([label, each_task(found), paired, interval(*found["all"])])
+    for label, tasks in claims.comparisons(claim).items():
+        scores, missing = claims.second_scores(claim, label)
+        if scores and any(predicted for *_, predicted in tasks.values()):
+            row = [f"{label}, second round", f"missing runs: {missing}", "", ""]
+            if not missing:
+                found = paired_effects(scores, claims.random_returns())
+                row[1:] = ["", each_task(found), interval(*found["all"])]
+            rows.append(row)
+    columns = ["comparison", "each task", "same seeds", "all tasks"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def ladder():
+    """Claim 15: each step, and its change with the Welch interval."""
+    rows = []
+    for label, tasks in claims.comparisons("ladder").items():
+        after, before = [summary(claims.values(CHEETAH, arm)) for arm in tasks[CHEETAH][:2]]
+        change = [number(x, 0) for x in (after[0] - before[0], *welch(after, before))]
+        rows = rows or [["CleanRL's flags", number(before[0]), ""]]
+        rows.append([f"+ {label}", number(after[0]), "{} [{}, {}]".format(*change)])
+    return pd.DataFrame(rows, columns=["agent", "mean return", f"change {CI}"])
+
+
+def verdict(claim):
+    words = {}
+    for label, (found, (word, tasks, bound), holds) in claims.judge(claim).items():
+        if holds is not None:
+            word = "holds" if holds else "does not hold"
+            word += f" on {', '.join(tasks)}" if 0 < len(tasks) < len(found) - 1 else ""
+        elif word == "not settled":
+            word += f" (±\u00a0{100 * bound:.0f}\u00a0%)"
+        words[label] = word
+    if len(set(words.values())) == 1:
+        return words.popitem()[1]
+    return "; ".join(f"{label}: {word}" for label, word in words.items()) or "not run yet"
+
+
+def verdicts():
+    """Statement and verdict of each claim, as claims.md has them."""
+    text, rows = (ROOT / "benchmark/claims.md").read_text(), []
+    text = re.sub("<!-- .*? -->", "", text)
+    for section in text.split("\n### ")[1:]:
+        words = re.search(r"\*\*Verdict: (.*?)\.?\*\*", section, re.S)[1]
+        rows.append([*section.splitlines()[0].split(". ", 1), re.sub("[ \n]+", " ", words)])
+    return pd.DataFrame(rows, columns=["#", "claim", "verdict"])
+
+
+# ---------- Numbers in the prose ----------
+def effect(claim, label, task="all"):
+    return interval(*claims.first_effects(claim)[label][task])
+
+
+def kl_range(task):
+    ratios = claims.kl_ratios(task).values()
+    return f"{min(ratios):.2f} to {max(ratios):.2f} ({task})"
+
+
+def scores(task, arm):
+    """The scores of the first round, in order."""
+    return ", ".join(number(x, 0) for x in sorted(claims.values(task, arm)))
+
+
+def mean_score(task, arm, first, last):
+    return number(claims.values(task, arm, range(int(first), int(last) + 1)).mean(), 0)
+
+
+def mean_metric(arm, name):
+    return f"{np.nanmean(claims.metric(arm, name)):.2g}"
+
+
+def final(task, column, arm="default"):
+    found = final_runs(task, arm)[column]
+    return number(iqm(found) if column == "score" else found.median())
+
+
+def speedup(script, program, machine=""):
+    found = rounds_of_speed(script)
+    rounds = next(found[name] for name in found if name.startswith(machine))
+    return f"{(rounds[program] / rounds['stable-baselines3']).median():.1f}"
+
+
+def lines(script, section=""):
+    """Of a script, or of its part before a section."""
+    text = (ROOT / script).read_text()
+    return str(text.partition(f"# ---------- {section or '?'}")[0].count("\n"))
+
+
+def code(script, name):
+    """A definition of a script, word for word."""
+    text = (ROOT / script).read_text()
+    node = next(x for x in ast.parse(text).body if getattr(x, "name", "") == name)
+    return f"\n```python\n{ast.get_source_segment(text, node)}\n```\n"
+
+
+def rlhf_verdict(part=None):
+    """Applies the rule of the study, for one of its three parts or for all."""
+    table, betas = load("rlhf"), ("reference", "0", "0.1", "0.3", "1", "3")
+    reference, none, *others = [table[table.beta == beta] for beta in betas]
+
+    def sign(x, y):
+        """Of the difference of means; 0 if its 95 % interval holds 0."""
+        return int(np.sign(welch(summary(x), summary(y))).sum() / 2)
+
+    falls = [sign(a.kl, b.kl) for a, b in zip([none, *others], others)]
+    games = [sign(none.proxy, reference.proxy), sign(reference.true, none.true)]
+    helps = [sign(arm.true, none.true) for arm in others]
+    parts = [min(falls), min(games), max(helps)]
+    found = parts[int(part) - 1] if part else min(parts)
+    return {1: "holds", 0: "is not settled by this data", -1: "does not hold"}[found]
