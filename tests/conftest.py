@@ -146,9 +146,9 @@ def started(monkeypatch):
     def started(script):
         states, original = [], script.Run.open
 
-        def opening(run, agent, optimizer):
-            original(run, agent, optimizer)
-            states.append(copy((dict(agent.state_dict()), optimizer.state_dict())))
+        def opening(run, *parts):
+            original(run, *parts)
+            states.extend(copy(dict(part.state_dict())) for part in parts)
 
         monkeypatch.setattr(script.Run, "open", opening)
         return states

@@ -337,19 +337,12 @@ def test_metrics_are_tracked(
 # The real program
 
 
-@pytest.mark.parametrize(
-    ("script", "argv", "named"),
-    [
-        (ppo, ["--gamma", "nan"], "--gamma nan"),
-        (ppo, ["--env-id", "LunarLander-v2"], "LunarLander-v2"),
-        (ppo, ["--env-id", "Pendulum-v1", "--vectorization-mode", "async"], "Pendulum-v1"),
-        (ppo_continuous, ["--env-id", "CartPole-v1"], "CartPole-v1"),
-        (ppo_atari, ["--evaluate", "missing"], "missing"),
-    ],
-)
-def test_bad_input_of_the_real_program(tmp_path, finish, script, argv, named):
+@pytest.mark.parametrize("script", [ppo, ppo_continuous])
+def test_bad_input_of_the_real_program(tmp_path, finish, script):
+    name = "Pendulum-v1" if script is ppo else "CartPole-v1"
+    argv = ["--env-id", name, "--vectorization-mode", "async"]
     status, output, errors = finish(script, *argv)
-    assert status == 2 and output == "" and named in errors and "Traceback" not in errors
+    assert status == 2 and output == "" and name in errors and "Traceback" not in errors
     assert not list(tmp_path.iterdir())
 
 

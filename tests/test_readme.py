@@ -17,7 +17,9 @@ README = (ROOT / "README.md").read_text()
 FILES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", ROOT / "tests" / "README.md"]
 
 # Each label marks the same equation in a script and in the README.
-LABELS = "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac ev "
+LABELS = (
+    "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac ev "
+)
 LABELS = {
     ppo: LABELS + "categorical obs-norm rew-norm kl-ref",
     ppo_continuous: LABELS + "gaussian action-map obs-norm rew-norm",
