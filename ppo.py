@@ -395,10 +395,10 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
         metrics = run.log(iteration, metrics, rewards, done, reset)  # adds scores
-        if iteration % run.save_every == 0 or iteration == iterations:
-            run.save(iteration, agent, optimizer)
         if after_iteration is not None:
             after_iteration(agent, metrics)
+        if iteration % run.save_every == 0 or iteration == iterations:
+            run.save(iteration, agent, optimizer)
 
 
 # ---------- Evaluation ----------

@@ -60,7 +60,9 @@ def verdict(claim):
     for label, (found, (word, tasks, bound), holds) in claims.judge(claim).items():
         if holds is not None:
             word = "holds" if holds else "does not hold"
-            word += f" on {', '.join(tasks)}" if 0 < len(tasks) < len(found) - 1 else ""
+            word += (
+                f" on {', '.join(tasks)}" if 0 < len(tasks) < max(len(found) - 1, 2) else ""
+            )
         elif word == "not settled":
             word += f" (±\u00a0{100 * bound:.0f}\u00a0%)"
         words[label] = word
@@ -111,12 +113,6 @@ def speedup(script, program, machine=""):
     found = rounds_of_speed(script)
     rounds = next(found[name] for name in found if name.startswith(machine))
     return f"{(rounds[program] / rounds['stable-baselines3']).median():.1f}"
-
-
-def lines(script, section=""):
-    """Of a script, or of its part before a section."""
-    text = (ROOT / script).read_text()
-    return str(text.partition(f"# ---------- {section or '?'}")[0].count("\n"))
 
 
 def code(script, name):

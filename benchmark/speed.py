@@ -132,8 +132,6 @@ def main():
             name = f"{script}.py {flags}".strip()
             count = 8 * steps if "--num-envs" in flags else steps
             found[name] = ours(script, f"{same} {flags}", count)
-            if same:  # a whole training, since the KL limit acts in the later updates
-                found[f"{name}, its own defaults"] = ours(script, flags, 1_000_000)
         found["stable-baselines3"] = peer("stable_baselines3", script)
         if args.cleanrl:
             found["CleanRL"] = cleanrl(script, *args.cleanrl)

@@ -5,8 +5,9 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from estimates import interval, iqm, paired_effects, summary, welch
+from estimates import interval, iqm, summary, welch
 from results import load, load_curves, select
+from scipy import stats
 from studies import CHEETAH, CHOSEN, LUNAR, MUJOCO, runs
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO, "Ant-v4"]
@@ -42,7 +43,7 @@ def middle(scores):
         return ""
     digits = 1 if abs(scores.mean()) < 500 else 0
     text = f"**{number(iqm(scores), digits)}**"
-    if len(scores) > 2:
+    if len(scores) > 3:
         text += " [{}, {}]".format(*(number(x, digits) for x in interval(scores)))
     if len(scores) in (2, 3):
         text += f" ({', '.join(number(x, digits) for x in scores)})"
@@ -52,8 +53,9 @@ def middle(scores):
 # ---------- Results ----------
 def final_runs(task, arm="default"):
     """The runs that count for a task with default or tuned flags: those of the study
-    "results", where it has any, else older ones."""
+    "results", once it has five, else older ones."""
     found, chosen = select(task, arm, "results"), CHOSEN.get(task)
+    found = found.iloc[: 0 if len(found) < 5 else None]
     if found.empty and arm == "default":
         found = select(task, arm, "ppo", "continuous", "atari")
     if found.empty and chosen and (chosen == "default") == (arm == "default"):
@@ -133,11 +135,13 @@ def compared():
 
 
 def counts(arm):
-    """On which tasks ours is ahead, level or behind, by protocol."""
+    """On which tasks ours is ahead, level or behind, by protocol; °: by point."""
     table = compared()
     table = table[table.task.str.contains(", tuned") == (arm == "tuned")]
     words = table["ours is"].str.split(",").str[0]
     names = table.task.str.replace(r" \\\*|, tuned", "", regex=True)
+    names += np.where(table["ours is"].str.contains("point"), "°", "")
+    names += np.where(table["ours is"].str.contains("point"), "°", "")
     text = lambda found: f"{len(found)}: {', '.join(found)}"
     counted = names.groupby([table.protocol, words], sort=False).agg(text).unstack()
     order = [word for word in ("ahead", "level", "behind") if word in counted]
@@ -171,9 +175,10 @@ def defaults():
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):
         ratios = (table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
         if len(ratios) > 1:
-            scores_of_one = {"": (ratios, np.ones(len(ratios)))}
-            bounds = [f"{1 + x:.3f}" for x in paired_effects(scores_of_one, {"": 0})["all"]]
-            rows.append([arm, len(ratios), "**{}** [{}, {}]".format(*bounds)])
+            low, high = stats.ttest_1samp(ratios, 1).confidence_interval()
+            rows.append(
+                [arm, len(ratios), f"**{ratios.mean():.3f}** [{low:.3f}, {high:.3f}]"]
+            )
     return pd.DataFrame(rows, columns=["candidate", "seeds", f"ratio to the default {CI}"])
 
 

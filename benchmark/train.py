@@ -20,10 +20,9 @@ def main():
     path, evaluations, played, *flags = sys.argv[1:]
     sys.path.insert(0, str(Path(path).resolve().parent))
     script = importlib.import_module(Path(path).stem)
-    args, done = tyro.cli(script.Args, args=flags), 0
+    args = tyro.cli(script.Args, args=flags)
     if args.resume is not None:
-        saved, checkpoint = script.load_run(args.resume)
-        args, done = replace(saved, resume=args.resume), checkpoint["iteration"]
+        args = replace(script.load_run(args.resume)[0], resume=args.resume)
     iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     numbers = range(1, int(evaluations) + 1)
     milestones = {iterations * i // len(numbers): i for i in numbers}
@@ -32,7 +31,6 @@ def main():
 
     def evaluate(agent, name, envs, episodes, greedy=False):
         changed = replace(args, num_envs=envs, eval_episodes=episodes, greedy=greedy)
-        changed = replace(changed, resume=None, evaluate=args.runs_dir)
         means[str(name)] = float(script.evaluate(agent, changed).mean())
         file.with_suffix(".tmp").write_text(json.dumps(means))
         file.with_suffix(".tmp").replace(file)  # in one move, so that it is always complete
@@ -41,8 +39,6 @@ def main():
         if metrics["iteration"] in milestones:
             evaluate(agent, milestones[metrics["iteration"]], 10, 1)
 
-    if done in milestones:  # it was interrupted after saving, perhaps in this evaluation
-        evaluate(script.load_agent(args.resume), milestones[done], 10, 1)
     agent = script.load_agent(script.train(args, after_iteration))
     if int(played):
         evaluate(agent, "sampled", 20, int(played) // 20)
