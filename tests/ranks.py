@@ -19,18 +19,11 @@ seen = {
     "clipped_gradients": [],
     "minibatches": 0,
 }
-start_envs, orthogonal_ = ppo.start_envs, torch.nn.init.orthogonal_
-ppo_loss, randperm = ppo.ppo_loss, torch.randperm
+ppo_loss, randperm, orthogonal_ = ppo.ppo_loss, torch.randperm, torch.nn.init.orthogonal_
 
 
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def keep_first_obs(args, iteration):
-    envs, obs = start_envs(args, iteration)
-    seen["first_obs"] += list(obs)
-    return envs, obs
 
 
 def different_weights(weight, gain):
@@ -62,8 +55,7 @@ class Adam(torch.optim.Adam):
         super().step()
 
 
-ppo.start_envs, ppo.ppo_loss = keep_first_obs, keep_minibatch
-torch.nn.init.orthogonal_ = different_weights
+ppo.ppo_loss, torch.nn.init.orthogonal_ = keep_minibatch, different_weights
 torch.randperm, torch.optim.Adam = keep_order, Adam
 ppo.train(tyro.cli(ppo.Args, args=sys.argv[2:]))
 torch.save(seen, f"{sys.argv[1]}-{ppo.RANK}")

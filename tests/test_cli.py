@@ -9,7 +9,6 @@ import math
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 import termios
@@ -20,19 +19,7 @@ import environments
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    SCRIPTS,
-    SMALL,
-    STEPS,
-    as_flags,
-    env_id,
-    flag,
-    make_args,
-    only_run,
-    read,
-    train,
-)
+from conftest import SMALL, STEPS, as_flags, env_id, flag, make_args, only_run, read, train
 from moviepy import VideoFileClip
 
 import ppo
@@ -140,36 +127,19 @@ def test_what_an_environment_raises_keeps_its_traceback(script, call, monkeypatc
 # --resume and --evaluate
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """finished(script): the directory of a run that was made once."""
-    runs = {}
-
-    def finished(script):
-        if script not in runs:
-            folder = tmp_path_factory.mktemp("runs")
-            flags = {"learning_rate": 1e-3, "total_timesteps": 2 * STEPS}
-            runs[script] = train(script, folder, **flags)
-        return runs[script]
-
-    return finished
-
-
 @pytest.fixture
-def saved(script, finished, tmp_path):
-    """A copy of a finished run, to be damaged."""
-    return Path(shutil.copytree(finished(script), tmp_path / "saved"))
+def saved(script, tmp_path):
+    """A finished run."""
+    return train(script, tmp_path, learning_rate=1e-3, total_timesteps=2 * STEPS)
 
 
 MODES = ["--resume", "--evaluate"]
 DAMAGES = {
-    "no checkpoint": lambda run_dir: (run_dir / "checkpoint.pt").unlink(),
-    "broken checkpoint": lambda run_dir: os.truncate(run_dir / "checkpoint.pt", 5000),
-    "no flags": lambda run_dir: (run_dir / "args.json").unlink(),
-    "broken flags": lambda run_dir: (run_dir / "args.json").write_text("{"),
-    "of another script": lambda run_dir: (run_dir / "args.json").write_text(
-        '{"colour": 1}'
-    ),
+    "no checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
+    "broken checkpoint": lambda run: os.truncate(run / "checkpoint.pt", 5000),
+    "no flags": lambda run: (run / "args.json").unlink(),
+    "broken flags": lambda run: (run / "args.json").write_text("{"),
+    "of another script": lambda run: (run / "args.json").write_text('{"colour": 1}'),
 }
 
 
@@ -223,8 +193,8 @@ def evaluation(output):
     return float(mean), float(deviation), [float(value) for value in second.split()]
 
 
-def test_evaluation_prints_every_return(script, call, finished, monkeypatch):
-    argv = ["--evaluate", finished(script), "--num-envs", 3, "--eval-episodes", 4]
+def test_evaluation_prints_every_return(script, call, saved, monkeypatch):
+    argv = ["--evaluate", saved, "--num-envs", 3, "--eval-episodes", 4]
     status, output, progress = call(script, *argv)
     mean, deviation, returns = evaluation(output)
     assert status == 0 and "12 of 12" in progress
@@ -311,15 +281,14 @@ def test_in_a_terminal_a_bar_and_no_question(script, start, tmp_path):
 # Weights & Biases
 
 
-@pytest.mark.parametrize(
-    ("login", "variable", "mode"),
-    [(True, None, None), (False, None, "offline"), (False, "disabled", None)],
-)
+@pytest.mark.parametrize("variable", [None, "disabled"])
+@pytest.mark.parametrize("login", [True, False])
 def test_metrics_are_tracked(
-    script, call, tmp_path, fake_wandb, monkeypatch, login, variable, mode
+    script, call, tmp_path, fake_wandb, monkeypatch, login, variable
 ):
-    """None: as the variable WANDB_MODE says, or online."""
+    """Mode None: as the variable WANDB_MODE says, or online."""
     fake_wandb.credentials = login
+    mode = None if login or variable else "offline"
     if variable is not None:
         monkeypatch.setenv("WANDB_MODE", variable)
     assert call(script, *small(script), "--track")[0] == 0
@@ -346,7 +315,6 @@ def test_bad_input_of_the_real_program(tmp_path, finish, script):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_in_an_ascii_console(finish, script):
     ascii_only = {"PYTHONIOENCODING": "ascii"}
     status, output, errors = finish(script, "--help", variables=ascii_only)
@@ -356,11 +324,10 @@ def test_help_in_an_ascii_console(finish, script):
         assert flag(field.name) in text or flag(f"no_{field.name}") in text
 
 
-@pytest.mark.parametrize(
-    "variables", [{"RANK": "1"}, {"RANK": "", "WORLD_SIZE": "0"}], ids=str
-)
-def test_variables_of_another_launcher_are_ignored(tmp_path, variables):
+@pytest.mark.parametrize("rank", ["1", ""])
+def test_variables_of_another_launcher_are_ignored(tmp_path, rank):
     """Nothing but torchrun makes several processes of ppo_atari.py."""
     code = "import ppo_atari as ppo; print(ppo.RANK, ppo.LOCAL_RANK, ppo.WORLD_SIZE)"
-    options = {"cwd": ROOT, "env": os.environ | variables, "text": True}
+    environment = os.environ | {"RANK": rank, "WORLD_SIZE": "0"}
+    options = {"cwd": Path(ppo_atari.__file__).parent, "env": environment, "text": True}
     assert subprocess.check_output([sys.executable, "-c", code], **options) == "0 0 1\n"

@@ -17,13 +17,11 @@ README = (ROOT / "README.md").read_text()
 FILES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", ROOT / "tests" / "README.md"]
 
 # Each label marks the same equation in a script and in the README.
-LABELS = (
-    "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac ev "
-)
+LABELS = "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac "
 LABELS = {
-    ppo: LABELS + "categorical obs-norm rew-norm kl-ref",
-    ppo_continuous: LABELS + "gaussian action-map obs-norm rew-norm",
-    ppo_atari: LABELS + "categorical",
+    ppo: LABELS + "ev categorical obs-norm rew-norm kl-ref",
+    ppo_continuous: LABELS + "ev gaussian action-map obs-norm rew-norm",
+    ppo_atari: LABELS + "ev categorical",
 }
 
 
@@ -129,10 +127,9 @@ def test_functions_that_the_readme_shows_are_those_of_the_scripts():
 @pytest.fixture
 def beside_runs(tmp_path, monkeypatch):
     """A directory with two runs, of which one is called DIR."""
-    runs = [
-        train(ppo, tmp_path / "runs", env_id="CartPole-v1", seed=seed) for seed in (1, 2)
-    ]
-    shutil.move(runs[0], tmp_path / "runs" / "DIR")
+    for _ in range(2):
+        run_dir = train(ppo, tmp_path / "runs", env_id="CartPole-v1")
+    shutil.move(run_dir, tmp_path / "runs" / "DIR")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")

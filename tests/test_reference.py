@@ -62,14 +62,9 @@ def test_without_a_coefficient_rewards_stay(tmp_path, record, reference):
     assert {row["kl_reference"] for row in without} == {""}
 
 
-def test_the_reference_is_the_start_and_stays_as_it_is(
-    tmp_path, record, started, reference
-):
-    loaded, states, saved = (
-        record(ppo, "load_agent"),
-        started(ppo),
-        load(reference)["agent"],
-    )
+def test_the_reference_is_the_start_and_stays(tmp_path, record, started, reference):
+    loaded, states = record(ppo, "load_agent"), started(ppo)
+    saved = load(reference)["agent"]
     flags = {"learning_rate": 1e-2, "reference": str(reference), "kl_coef": 0.1}
     after = load(train(ppo, tmp_path, **FLAGS, **flags))["agent"]
     ((_, frozen),) = loaded
@@ -94,9 +89,7 @@ def test_a_bandit_ends_at_the_closed_form(tmp_path, reference, beta):
     assert distance < 0.02 < before
 
 
-def test_a_relative_reference_is_found_from_elsewhere(
-    tmp_path, monkeypatch, reference, call
-):
+def test_a_relative_reference_is_found(tmp_path, monkeypatch, reference, call):
     """A run with a reference is resumed in another directory than it was started in."""
     shutil.copytree(reference, tmp_path / "here" / "agent")
     (tmp_path / "there").mkdir()

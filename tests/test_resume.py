@@ -70,14 +70,11 @@ def test_saving_changes_nothing(script, tmp_path):
 
 def test_checkpoints_are_written_as_often_as_asked_for(script, tmp_path, record):
     saved = record(script.Run, "save")
-    for save_every, expected in (
-        (2, [0, 2, 4, 5]),
-        (100, [0, 5]),
-        (None, [0, 1, 2, 3, 4, 5]),
-    ):
+    expected = {2: [0, 2, 4, 5], 100: [0, 5], None: [0, 1, 2, 3, 4, 5]}
+    for save_every, iterations in expected.items():
         saved.clear()
         train(script, tmp_path, total_timesteps=5 * STEPS, save_every=save_every)
-        assert [iteration for (_, iteration, *_), _ in saved] == expected
+        assert [iteration for (_, iteration, *_), _ in saved] == iterations
     run = script.Run(make_args(script, total_timesteps=1000 * STEPS))
     assert run.save_every == 50  # a twentieth of the run
 
@@ -207,9 +204,7 @@ def test_a_run_killed_at_a_random_moment_goes_on(tmp_path, start, finish, script
 
 
 @cases((ppo, "sync"), (ppo, "async"))
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"]
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_worker(tmp_path, start, script, mode, number):
     """Ctrl-C ends it without a traceback, with status 130. In a terminal it reaches the
     workers of async environments, too."""
