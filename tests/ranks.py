@@ -12,13 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ppo_atari as ppo
 
-seen = {
-    "first_obs": [],
-    "orders": [],
-    "weights": [],
-    "clipped_gradients": [],
-    "minibatches": 0,
-}
+seen = {"orders": [], "weights": [], "clipped_gradients": [], "minibatches": 0}
 ppo_loss, randperm, orthogonal_ = ppo.ppo_loss, torch.randperm, torch.nn.init.orthogonal_
 
 
