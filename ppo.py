@@ -446,7 +446,9 @@ def make_envs(args):
 
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        raise UsageError(f"{args.env_id}: needs Discrete actions from 0")
+        raise UsageError(
+            f"{args.env_id}: needs Discrete actions from 0; Box: ppo_continuous.py"
+        )
     if not obs_space.is_np_flattenable:
         raise UsageError(f"{args.env_id}: {obs_space} has no fixed number of values")
     if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:

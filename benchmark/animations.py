@@ -15,7 +15,7 @@ AGENTS = {  # name: script and flags
     "untrained": "ppo.py --learning-rate 0 --total-timesteps 512",
     "cartpole": "ppo.py",
     "half-cheetah": "ppo_continuous.py --env-id benchmark.animations:HalfCheetahFilm-v5",
-    "breakout": "ppo_atari.py",
+    "breakout": "ppo_atari.py --total-timesteps 1000000",
 }
 # The same environment, with a camera that follows: gymnasium's own loses a fast agent.
 HALF_CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
@@ -42,9 +42,9 @@ def main():
         clip = concatenate_videoclips(
             list(map(VideoFileClip, run_dir.glob("videos/**/*.mp4")))
         )
-        clip = clip.subclipped(0, min(6, clip.duration)).image_transform(darken)
+        clip = clip.subclipped(0, min(4, clip.duration)).image_transform(darken)
         clip = clip.resized(height=250).cropped(x_center=clip.w * 125 / clip.h, width=250)
-        clip.write_gif(ROOT / "benchmark/results" / f"{name}.gif", fps=12)
+        clip.write_gif(ROOT / "benchmark/results" / f"{name}.gif", fps=10)
 
 
 if __name__ == "__main__":

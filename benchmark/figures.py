@@ -66,11 +66,8 @@ def learning(tasks):
 def diagnostics():
     """Metrics of healthy runs beside those with a hundred times the learning rate."""
     names = "return approx_kl clipfrac entropy explained_variance grad_norm".split()
-    limits = {
-        "return": (-450, 320),
-        "approx_kl": (1e-4, 10),
-        "explained_variance": (0, 1.05),
-    }
+    limits = {"return": (-450, 320), "approx_kl": (1e-4, 10)}
+    limits["explained_variance"] = (0, 1.05)
     figure, axes = panels(6, (2.84, 2.5))
     for axis, name in zip(axes, names):
         for color, arm in (("C0", "healthy"), ("C1", "learning-rate-x100")):

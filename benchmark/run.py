@@ -126,7 +126,7 @@ def execute(run, args):
         return "done"
     except Exception as problem:
         text = getattr(problem, "stderr", None) or repr(problem)
-        return "FAILED: " + "\n".join(text.strip().splitlines()[-5:])
+        return "FAILED: " + "\n".join(text.strip().splitlines()[-12:])
 
 
 def play_randomly(task, episodes=100):

@@ -28,9 +28,9 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 HERE = Path(__file__).parent
 STEPS = {  # all of them, and those not counted
-    "ppo": (100_000, 10_240),
-    "ppo_continuous": (61_440, 20_480),
-    "ppo_atari": (20_480, 5_120),
+    "ppo": (61_440, 10_240),
+    "ppo_continuous": (40_960, 10_240),
+    "ppo_atari": (10_240, 3_072),
 }
 THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
 SAME = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None "

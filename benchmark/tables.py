@@ -156,9 +156,9 @@ def hyperparameters():
 
 
 def flags(task, arm="default"):
-    """Those of a row of the results; nothing if they are the defaults."""
+    """Those of a row of the results."""
     table = hyperparameters().set_index(["task", "arm"])
-    return table.loc[(task, arm), "flags"].replace("defaults", "")
+    return table.loc[(task, arm), "flags"]
 
 
 # ---------- Studies ----------

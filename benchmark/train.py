@@ -31,6 +31,7 @@ def main():
 
     def evaluate(agent, name, envs, episodes, greedy=False):
         changed = replace(args, num_envs=envs, eval_episodes=episodes, greedy=greedy)
+        changed = replace(changed, evaluate=args.runs_dir)  # no training: whole episodes
         means[str(name)] = float(script.evaluate(agent, changed).mean())
         file.with_suffix(".tmp").write_text(json.dumps(means))
         file.with_suffix(".tmp").replace(file)  # in one move, so that it is always complete
