@@ -249,7 +249,8 @@ class Agent(nn.Module):
         # Where both bounds are finite, [-1, 1] is mapped to [low, high]; elsewhere actions
         # stay as they are. Some spaces write "no bound" as a huge number.
         self.low, self.high = space.low, space.high
-        mapped = (self.low > -1e30) & (self.high < 1e30) & args.rescale_actions
+        span = np.float64(self.high) - np.float64(self.low)
+        mapped = (span < 1e30) & args.rescale_actions
         low, high = np.where(mapped, self.low, -1.0), np.where(mapped, self.high, 1.0)
         self.middle, self.scale = (low + high) / 2, (high - low) / 2
 
