@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) for discrete actions and vector observations.
 
-    python ppo.py                                                # CartPole-v1, 30 s
+    python ppo.py                                                # CartPole-v1, a minute
     python ppo.py --env-id Acrobot-v1 --seed 2 --num-envs 8      # --help lists all flags
     python ppo.py --resume runs/DIR                              # continue a run
     python ppo.py --evaluate runs/DIR --greedy --capture-video   # play and film an agent
