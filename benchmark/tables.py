@@ -141,7 +141,6 @@ def counts(arm):
     words = table["ours is"].str.split(",").str[0]
     names = table.task.str.replace(r" \\\*|, tuned", "", regex=True)
     names += np.where(table["ours is"].str.contains("point"), "°", "")
-    names += np.where(table["ours is"].str.contains("point"), "°", "")
     text = lambda found: f"{len(found)}: {', '.join(found)}"
     counted = names.groupby([table.protocol, words], sort=False).agg(text).unstack()
     order = [word for word in ("ahead", "level", "behind") if word in counted]
