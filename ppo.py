@@ -50,7 +50,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of the advantages: 0 least variance, 1 least bias
-    bootstrap_truncated: bool = True  # at a time limit, count the value of the last state
+    bootstrap_truncated: bool = True  # at a time limit, the value stands for later rewards
     num_minibatches: int = 4  # minibatches per epoch; must divide num_envs * num_steps
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
@@ -61,9 +61,9 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     max_grad_norm: float = 0.5  # longer gradients are shortened to this norm; inf: none
     target_kl: float | None = None  # end an update after an epoch with a larger approx_kl
     norm_obs: bool = False  # normalise observations by their running mean and variance
-    norm_reward: bool = False  # divide rewards by the standard deviation of their sums
-    reference: str | None = None  # start as a copy of the agent in this run directory
-    kl_coef: float = 0.0  # beta: rewards lose beta * log(pi / pi_reference)
+    norm_reward: bool = False  # divide rewards by the std of their discounted sums
+    reference: str | None = None  # fine-tune a copy of the agent in this run directory
+    kl_coef: float = 0.0  # beta: rewards lose beta * log(pi / pi_ref), to stay near it
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
@@ -87,7 +87,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
     time limit truncated it (rewards would have followed: V stands for them). Of what comes
-    after the rollout only V(s_T) is known, and δ has it already; so Â_T is 0.
+    after the rollout only V(s_T) is known, and δ_{T−1} has it. Later δ are unknown, so the
+    recursion starts with Â_T = 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -115,8 +116,9 @@ def policy_loss(log_ratio, advantages, clip_coef):
 
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
-    V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε, here
-    in units of the return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
+    V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε,
+    which is here an amount of return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs
+    (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -143,14 +145,15 @@ def ppo_loss(agent, batch, args):
 
     loss = pi_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
 
-    log_ratio = log_ratio.detach()  # what follows is only logged
+    log_ratio = log_ratio.detach()  # what follows needs no gradient
     ratio_dev = log_ratio.exp() - 1  # ρ − 1
     return loss, {
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average. It cancels
-        # most of the noise: for ρ near 1, each term of (k3) is small and none is negative.
+        # The actions came from π_old, so −log ρ is KL(π_old, π) on average: (k1), the older
+        # estimate. (k3) adds ρ − 1, which is 0 on average. This cancels most of the noise
+        # where ρ is near 1, and no term is negative, since log ρ ≤ ρ − 1.
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
@@ -162,14 +165,14 @@ def compute_gradient(agent, batch, args):
     """Adds the gradient of the loss to .grad, shortened to max_grad_norm → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
-    # Returns the norm that the gradient had before.
+    # clip_grad_norm_ returns the norm before clipping.
     logged["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     return logged
 
 
 def explained_variance(advantages, returns):
     """(ev): 1 − Var(R̂ − V) / Var(R̂): 1 for a perfect critic, 0 for a constant one.
-    R̂ − V is Â. Inputs (B,) → float, or None where R̂ does not vary."""
+    R̂ − V is Â, as R̂ = Â + V. Inputs (B,) → float, or None where R̂ does not vary."""
     explained = 1 - advantages.var(correction=0) / returns.var(correction=0)
     return explained.item() if explained.isfinite() else None
 
@@ -184,8 +187,9 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.tensor(0.0, dtype=torch.float64))
 
     def update(self, rows):
-        """Merges rows (B, *shape). The variance of all rows is the mean of the old and the
-        new variance, weighted by rows, plus that between the means (Chan et al. 1979)."""
+        """Merges rows (B, *shape) (Chan et al. 1979). The variance of all rows is the mean
+        of the old and the new variance, weighted by rows, plus the variance between the two
+        means, which is share (1 − share) delta²."""
         var, mean = torch.var_mean(rows.double(), 0, correction=0)
         share = len(rows) / (self.count + len(rows))  # the new rows' weight
         delta = mean - self.mean
@@ -195,9 +199,10 @@ class RunningStats(nn.Module):
 
 
 def scale_rewards(rewards, valid, stats, gamma, running_sum):
-    """(rew-norm): r_t / √Var(G), clipped to ±10, so that returns, which the critic learns,
-    are of order 1 in all environments. G_t = γ G_{t−1} + r_t sums the episode's rewards so
-    far, which are known; it varies about as much as the return, the sum of those to come.
+    """(rew-norm): r_t / √Var(G), so that returns, which the critic learns, are of order 1
+    in all environments; then clipped to ±10. No mean is subtracted, since that would change
+    which behaviour is best. G_t = γ G_{t−1} + r_t sums the episode's rewards so far, which
+    are known; it varies about as much as the return, the sum of those to come.
 
     rewards (T, N); valid (T, N), False in the step after an episode, which only resets;
     stats, the variance of all G so far; running_sum (N,), the last G of the rollout before
@@ -264,7 +269,7 @@ class Agent(nn.Module):
         (entropy): −Σ_a π(a|s) log π(a|s)."""
         log_probs = torch.log_softmax(self.actor(x), -1)  # of all actions
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        taken = actions.unsqueeze(-1)
+        taken = actions.unsqueeze(-1)  # gather picks these
         return log_probs.gather(-1, taken).squeeze(-1), entropy
 
 
@@ -346,7 +351,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             drift = log_probs - ref_log_probs  # on average KL(π, π_ref)
             r = r - args.kl_coef * drift * valid
         if args.norm_reward:
-            # Updates the statistics, then scales: each reward is scaled only once.
+            # Each reward is scaled only once, so the statistics may be updated first.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
@@ -371,12 +376,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # T * N row numbers, since torch.compile wants minibatches of one size: rows
-            # come again in place of those dropped. As T >= 2 and no two resets follow each
-            # other, at least a third is left (T = 3: reset, step, reset): 3 copies do.
+            # For torch.compile, all minibatches must have one size, so T * N row numbers
+            # are needed: some come again in place of the rows dropped. No two resets follow
+            # each other, so at least a third of the rows is left (T = 3: reset, step,
+            # reset), and 3 copies are enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
-                minibatch = {name: column[rows] for name, column in batch.items()}
+                # column.index_select(0, rows) is column[rows], but faster.
+                minibatch = {k: column.index_select(0, rows) for k, column in batch.items()}
                 optimizer.zero_grad()
                 logged = backward(agent, minibatch, args)
                 optimizer.step()
@@ -473,7 +480,7 @@ def start_envs(args, iteration):
     seed = int(np.random.default_rng([args.seed, iteration]).integers(2**30))
     torch.manual_seed(seed)
     envs = make_envs(args)
-    obs, _ = envs.reset(seed=seed)  # environment n gets seed + n
+    obs, _ = envs.reset(seed=seed)  # each environment gets its own
     return envs, obs
 
 
@@ -611,7 +618,8 @@ def append_rows(file, columns, rows):
 
 
 def progress_bar(unit, total, played=0, disable=False):
-    """A bar of tqdm; where there is no terminal, a line every five seconds."""
+    """A bar of tqdm; where there is no terminal, a line every five seconds. With
+    miniters=0, only time decides when it is drawn."""
     line = "{n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left\n"
     options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
     return tqdm(
@@ -644,7 +652,7 @@ def load_reference(args, agent):
     """The agent of args.reference or None; copies its weights and statistics into agent."""
     if args.reference is None:
         return None
-    args.reference = str(Path(args.reference).absolute())  # to be found by any --resume
+    args.reference = str(Path(args.reference).absolute())  # for --resume elsewhere
     reference = load_agent(args.reference, next(agent.parameters()).device)
     if [p.shape for p in reference.parameters()] != [p.shape for p in agent.parameters()]:
         raise UsageError(f"--reference {args.reference}: trained on other spaces")
@@ -667,7 +675,7 @@ def set_up_torch(args):
 def compiled(function):
     """torch.compile of a function as one graph, even if it calls backward; on a GPU, the
     whole graph is then started by one call (CUDA graphs)."""
-    torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.trace_autograd_ops = True  # else backward() splits the graph
     return torch.compile(function, mode="reduce-overhead")
 
 

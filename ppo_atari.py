@@ -9,8 +9,8 @@
 In this order: flags, equations, agent, training. What follows training is tooling.
 Names in parentheses, like (gae), mark equations; the project's README explains each.
 Shapes: T steps of N environments; B rows of a batch.
-The N environments never stop: the step after an episode's end ignores its action and only
-resets, with reward 0 and the next episode's first state. Nothing is learned from it.
+The N environments never stop: the step after a game's end ignores its action and only
+resets, with reward 0 and the next game's first state. Nothing is learned from it.
 """
 
 import csv
@@ -26,6 +26,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+# Before torch is imported: its idle threads on a CPU soon make way for the games'.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import ale_py
 import gymnasium as gym
 import numpy as np
@@ -38,8 +41,9 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).name
 
-# torchrun starts several processes. Each plays games of its own, their gradients are
-# averaged, and process 0 keeps the logs. Without torchrun there is only process 0.
+# torchrun starts several processes and sets these variables. Each process plays games of
+# its own, their gradients are averaged, and process 0 keeps the logs. Without torchrun
+# there is only process 0.
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # number of this process
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0  # its number on this machine
@@ -59,7 +63,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of the advantages: 0 least variance, 1 least bias
-    bootstrap_truncated: bool = True  # at a time limit, count the value of the last state
+    bootstrap_truncated: bool = True  # at a time limit, the value stands for later rewards
     num_minibatches: int = 4  # minibatches per epoch; must divide num_envs * num_steps
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each minibatch
@@ -71,7 +75,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     target_kl: float | None = None  # end an update after an epoch with a larger approx_kl
     clip_rewards: bool = True  # learn from the sign of rewards; logs show the score
     episodic_life: bool = True  # for learning, a lost life is a termination
-    sticky_actions: float = 0.0  # probability that a game repeats the last action instead
+    sticky_actions: float = 0.0  # probability that a game repeats the last action
     max_episode_frames: int = 108_000  # time limit of a game, 30 minutes; a step has 4
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
@@ -97,7 +101,8 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
     time limit truncated it (rewards would have followed: V stands for them). Of what comes
-    after the rollout only V(s_T) is known, and δ has it already; so Â_T is 0.
+    after the rollout only V(s_T) is known, and δ_{T−1} has it. Later δ are unknown, so the
+    recursion starts with Â_T = 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -125,8 +130,9 @@ def policy_loss(log_ratio, advantages, clip_coef):
 
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
-    V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε, here
-    in units of the return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
+    V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε,
+    which is here an amount of return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs
+    (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -154,14 +160,15 @@ def ppo_loss(agent, batch, args):
 
     loss = pi_loss + args.vf_coef * v_loss - args.ent_coef * entropy.mean()
 
-    log_ratio = log_ratio.detach()  # what follows is only logged
+    log_ratio = log_ratio.detach()  # what follows needs no gradient
     ratio_dev = log_ratio.exp() - 1  # ρ − 1
     return loss, {
         "policy_loss": pi_loss.detach(),
         "value_loss": v_loss.detach(),
         "entropy": entropy.detach().mean(),
-        # Two estimates of KL(π_old, π). (k3) adds ρ − 1, which is 0 on average. It cancels
-        # most of the noise: for ρ near 1, each term of (k3) is small and none is negative.
+        # The actions came from π_old, so −log ρ is KL(π_old, π) on average: (k1), the older
+        # estimate. (k3) adds ρ − 1, which is 0 on average. This cancels most of the noise
+        # where ρ is near 1, and no term is negative, since log ρ ≤ ρ − 1.
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
@@ -178,7 +185,7 @@ def compute_gradient(agent, batch, args):
 
 def explained_variance(advantages, returns):
     """(ev): 1 − Var(R̂ − V) / Var(R̂): 1 for a perfect critic, 0 for a constant one.
-    R̂ − V is Â. Inputs (B,) → float, or None where R̂ does not vary."""
+    R̂ − V is Â, as R̂ = Â + V. Inputs (B,) → float, or None where R̂ does not vary."""
     explained = 1 - advantages.var(correction=0) / returns.var(correction=0)
     return explained.item() if explained.isfinite() else None
 
@@ -221,7 +228,7 @@ class Agent(nn.Module):
         where a ball flies → x (B, 512), float32."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         # channels_last is another order in memory: convolutions on a CPU are twice as fast.
-        pixels = obs.to(dtype, memory_format=torch.channels_last) / 255
+        pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype).div_(255)
         # With bf16, layers compute with bfloat16 copies of their float32 weights.
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(pixels).float()
@@ -243,7 +250,7 @@ class Agent(nn.Module):
         (entropy): −Σ_a π(a|s) log π(a|s)."""
         log_probs = torch.log_softmax(self.actor(x), -1)  # of all actions
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        taken = actions.unsqueeze(-1)
+        taken = actions.unsqueeze(-1)  # gather picks these
         return log_probs.gather(-1, taken).squeeze(-1), entropy
 
 
@@ -303,12 +310,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
         # 1. Rollout: the policy plays T steps in N environments. After a lost life, many
-        # games wait for the button FIRE, so AtariGames presses it in place of the policy's
+        # games wait for the FIRE button, so AtariGames presses it in place of the policy's
         # action. After the end of a game, the next step only resets. valid tells which
         # actions were the policy's.
         obs[0] = obs[T]  # continue where the last rollout ended
-        # The autocast in features makes bfloat16 copies of the weights, which are dropped
-        # when the outermost autocast ends. This one, itself off, keeps them for all steps.
+        # With bf16, the autocast in features makes bfloat16 copies of the weights, which
+        # are dropped when the outermost autocast ends. This outer one converts nothing
+        # itself (enabled=False); it only makes the copies last for all T steps.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t])
@@ -327,9 +335,9 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
 
         r = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
-        # Where an episode has no future, V(s_{t+1}) counts as 0. FIRE and resets get
-        # advantages, too, but no other step sees these, since (gae) stops at done[t − 1].
-        # They themselves are dropped below.
+        # Where an episode has no future, V(s_{t+1}) counts as 0. Steps of FIRE and resets
+        # get advantages, too, but no other step sees these, since (gae) stops at
+        # done[t − 1]. They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -348,12 +356,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # T * N row numbers, since torch.compile wants minibatches of one size: rows
-            # come again in place of those dropped. Lives last many steps, so these are few,
-            # and 3 copies are more than enough.
+            # For torch.compile, all minibatches must have one size, so T * N row numbers
+            # are needed: some come again in place of the rows dropped. Lives last many
+            # steps, so these are few, and 3 copies are more than enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
-                minibatch = {name: column[rows] for name, column in batch.items()}
+                # column.index_select(0, rows) is column[rows], but faster.
+                minibatch = {k: column.index_select(0, rows) for k, column in batch.items()}
                 optimizer.zero_grad()
                 logged = backward(agent, minibatch, args)
                 if WORLD_SIZE > 1:  # the same gradient for all keeps their weights equal
@@ -450,7 +459,8 @@ class AtariGames(gym.vector.VectorWrapper):
     presses it.)
 
     info["valid"] (N,): the action was the policy's. info["new_game"] (N,): the step ignored
-    its action and began a new game. The frame number tells: it falls."""
+    its action and began a new game. done does not tell, as it includes lost lives; the
+    frame number does: it falls."""
 
     def __init__(self, envs):
         super().__init__(envs)
@@ -479,7 +489,7 @@ class AtariGames(gym.vector.VectorWrapper):
 def make_envs(args, in_colour=False):
     """A VectorEnv of args.num_envs games. By ale-py's defaults, a step repeats its action
     for 4 frames, and an observation is the last 4 steps in grey, (N, 4, 84, 84). in_colour,
-    it is the last step, (N, 1, 210, 160, 3)."""
+    it is only the last step, (N, 1, 210, 160, 3). A game begins with up to 30 no-ops."""
     game = (
         args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4")
     )
@@ -506,7 +516,7 @@ def start_envs(args, iteration, in_colour=False):
     seed = int(np.random.default_rng([args.seed, iteration, RANK]).integers(2**30))
     torch.manual_seed(seed)
     envs = make_envs(args, in_colour)
-    obs, _ = envs.reset(seed=seed)  # environment n gets seed + n
+    obs, _ = envs.reset(seed=seed)  # each environment gets its own
     return envs, obs
 
 
@@ -588,7 +598,7 @@ class Run:
         episodes = []
         for t in range(len(rewards)):
             for n in np.flatnonzero(new_game[t]):  # the step before ended a game
-                step = global_step - self.steps + (t + 1) * len(new_game[t]) * WORLD_SIZE
+                step = global_step - self.steps + t * len(new_game[t]) * WORLD_SIZE
                 episodes.append((step, self.score[n], self.length[n]))
                 self.score[n] = self.length[n] = 0
             self.score += rewards[t]
@@ -657,7 +667,8 @@ def append_rows(file, columns, rows):
 
 
 def progress_bar(unit, total, played=0, disable=False):
-    """A bar of tqdm; where there is no terminal, a line every five seconds."""
+    """A bar of tqdm; where there is no terminal, a line every five seconds. With
+    miniters=0, only time decides when it is drawn."""
     line = "{n_fmt} of {total_fmt}{unit}{postfix}, {rate_fmt}, {remaining} left\n"
     options = {} if sys.stderr.isatty() else {"bar_format": line, "mininterval": 5}
     return tqdm(
@@ -727,7 +738,7 @@ def average(tensor):
 def compiled(function):
     """torch.compile of a function as one graph, even if it calls backward; on a GPU, the
     whole graph is then started by one call (CUDA graphs)."""
-    torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.trace_autograd_ops = True  # else backward() splits the graph
     return torch.compile(function, mode="reduce-overhead")
 
 
@@ -742,7 +753,7 @@ def check(args):
     """Raises UsageError if a flag makes no sense."""
     ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "sticky_actions": (0, 1)}
     ranges["num_steps"] = (8, math.inf)  # a few steps could all be FIRE or resets
-    ranges["max_episode_frames"] = (400, math.inf)  # no-ops at the start count, too
+    ranges["max_episode_frames"] = (400, math.inf)  # more than the no-ops that begin a game
     positive = "num_envs num_minibatches update_epochs threads save_every eval_episodes"
     ranges |= dict.fromkeys(positive.split(), (1, math.inf))
     for name, value in vars(args).items():
