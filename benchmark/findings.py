@@ -9,7 +9,7 @@ import pandas as pd
 from estimates import iqm, paired_effects, summary, welch
 from results import ROOT, load
 from studies import CHEETAH
-from tables import CI, final_runs, number, rounds_of_speed
+from tables import CI, curve, final_runs, number, rounds_of_speed
 
 
 def percent(x):
@@ -107,6 +107,14 @@ def mean_metric(arm, name):
 def final(task, column, arm="default"):
     found = final_runs(task, arm)[column]
     return number(iqm(found) if column == "score" else found.median())
+
+
+def tried(arm, metric="last_quarter"):
+    """Of README's section "Try it": mean over seeds, in the last quarter of the run."""
+    runs = load("tried").query("arm == @arm")
+    if metric == "last_quarter":
+        return number(runs.last_quarter.mean(), 0)
+    return f"{np.mean([curve(run, metric)[75:] for run in runs.itertuples()]):.2g}"
 
 
 def speedup(script, program, machine=""):

@@ -140,6 +140,10 @@ LIMITED = dict.fromkeys([task.replace("Ant-v5", "Ant-v4") for task in MUJOCO], F
 LIMITS = {"limit": Arm("--target-kl 0.02", "narrow_critic")}
 LIMITS["no-limit"] = Arm("--target-kl None", "narrow_critic")
 RATES = {"healthy": Arm(), "learning-rate-x100": Arm("--learning-rate 3e-2")}
+SHORT = {"CartPole-v1": "ppo.py --total-timesteps 100000"}
+TRIED = {"default": Arm(), "td": Arm("--gae-lambda 0"), "entropy": Arm("--ent-coef 0.5")}
+TRIED["large-steps"] = Arm("--learning-rate 2.5e-3 --update-epochs 20")
+TRIED["no-clip"] = Arm(f"{TRIED['large-steps'].flags} --clip-coef inf")
 BFLOAT = {f"bf16-{x}": Arm(f"--total-timesteps 500000 --bf16 {x}") for x in ("on", "off")}
 PEERS = dict.fromkeys([CHEETAH, "Hopper-v5", "Walker2d-v5"], "benchmark/sb3.py")
 ZOO = {"default": Arm(), "rl-zoo3": Arm("--tuned")}
@@ -153,6 +157,7 @@ STUDIES = {
     "sb3": Study([Block(PEERS, ZOO, range(1, 4))]),
     "kl-limit": Study([Block(LIMITED, LIMITS, range(1, 6))]),
     "diagnostics": Study([Block(pick(LUNAR, DISCRETE), RATES, range(1, 4))], COLUMNS),
+    "tried": Study([Block(SHORT, TRIED, range(1, 4))], COLUMNS),
     "claims": Study(CLAIMS, ("approx_kl", "entropy", "explained_variance", "*_in_epoch_*")),
     "claims-2": Study(CLAIMS_2, ("approx_kl", "entropy")),
 }

@@ -315,7 +315,7 @@ def test_two_processes_train_one_agent(tmp_path, finish, call):
 
     # Steps of all processes, games of process 0.
     assert [int(row["global_step"]) for row in metrics] == [512, 1024, 1536]
-    ends = [4 * 101 * i for i in (1, 1, 2, 2, 3, 3)]  # 100 steps and one that resets
+    ends = [4 * (101 * i - 1) for i in (1, 1, 2, 2, 3, 3)]  # 100 steps, and a reset between
     assert [int(game["global_step"]) for game in games] == ends
 
     status, _, errors = call(ppo, "--resume", run_dir)

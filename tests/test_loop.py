@@ -78,9 +78,7 @@ def test_rows_that_only_reset_are_dropped(script, tmp_path, record, unshuffled):
 def test_episodes_are_logged_as_they_were_played(script, tmp_path):
     """Two environments, episodes of 4 steps and return 7, also across rollouts."""
     run_dir = train(script, tmp_path, "Ring", total_timesteps=2 * STEPS)
-    # A game's end shows in the step that resets, one later.
-    last = 5 if script is ppo_atari else 4
-    ends = [2 * t for t in range(last, STEPS + 1, 5) for _ in range(2)]
+    ends = [2 * t for t in range(4, STEPS + 1, 5) for _ in range(2)]
     metrics, episodes = outcome(run_dir)
     assert [float(row["global_step"]) for row in episodes] == ends
     assert {tuple(row.values())[1:] for row in episodes} == {("7.0", "4")}
