@@ -117,6 +117,13 @@ def tried(arm, metric="last_quarter"):
     return f"{np.mean([curve(run, metric)[75:] for run in runs.itertuples()]):.2g}"
 
 
+def lines(variation):
+    """How many lines its patches add."""
+    patches = (ROOT / "benchmark/variations").glob(f"{variation}.*.patch")
+    added = [re.findall(r"^\+(?!\+\+)", x.read_text(), re.M) for x in sorted(patches)]
+    return " and ".join(str(len(found)) for found in added)
+
+
 def speedup(script, program, machine=""):
     found = rounds_of_speed(script)
     rounds = next(found[name] for name in found if name.startswith(machine))
