@@ -126,6 +126,80 @@ class Bandit(gym.Env):
         return np.ones(1, np.float32), self.rewards[action], True, False, {}
 
 
+class Drift(gym.Env):
+    """Ten steps; a dot drifts to the left or to the right over a picture, and the action
+    that tells the direction pays 1. One picture shows no direction."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, colours=()):
+        self.observation_space = gym.spaces.Box(0, 255, (12, 12, *colours), np.uint8)
+
+    def draw(self):
+        picture = np.zeros(self.observation_space.shape, np.uint8)
+        picture[self.row, self.column] = 255
+        return picture
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.column = self.np_random.integers(12, size=2)
+        self.steps, self.direction = 0, int(self.np_random.integers(2))
+        return self.draw(), {}
+
+    def step(self, action):
+        self.steps += 1
+        self.column = (self.column + 2 * self.direction - 1) % 12
+        return self.draw(), float(action == self.direction), self.steps == 10, False, {}
+
+
+class Locks(gym.Env):
+    """Ten steps; two of 30 actions are possible, others in each of five states. The first
+    of the two pays 1. An impossible one pays nothing or, with `strict`, is an error."""
+
+    observation_space, action_space = gym.spaces.Discrete(5), gym.spaces.Discrete(30)
+
+    def __init__(self, strict=False):
+        self.strict = strict
+
+    def observe(self):
+        self.state = int(self.np_random.integers(5))
+        mask = np.zeros(30, np.int8)
+        mask[6 * self.state : 6 * self.state + 2] = 1
+        return self.state, {"action_mask": mask} if self.steps < 10 else {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe()
+
+    def step(self, action):
+        choice = action - 6 * self.state
+        assert choice in (0, 1) or not self.strict, "an impossible action"
+        self.steps += 1
+        state, info = self.observe()
+        return state, float(choice == 0), self.steps == 10, False, info
+
+
+class Copy(gym.Env):
+    """Ten steps; an action that equals the observation in each component pays 1."""
+
+    def __init__(self, space):
+        self.observation_space = self.action_space = space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.steps, self.shown = 0, self.observation_space.sample()
+        return self.shown, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        reward, self.shown = np.all(action == self.shown), self.observation_space.sample()
+        self.steps += 1
+        return self.shown, float(reward), self.steps == 10, False, {}
+
+
 class OneNumber(gym.ActionWrapper):
     """Takes a number instead of two actions: 0 where it is negative, else 1."""
 
@@ -154,6 +228,14 @@ register("Sides", Sides)
 register("Marathon", Marathon)
 register("Pole", CartPoleEnv, max_episode_steps=60)
 gym.register("Bandit-v0", Bandit)
+gym.register("Locks-v0", Locks)
+gym.register("LocksStrict-v0", Locks, kwargs={"strict": True})
+gym.register("Drift-v0", Drift)
+gym.register("DriftColour-v0", Drift, kwargs={"colours": (3,)})
+SPACES = {"Pair": gym.spaces.MultiDiscrete([2, 3]), "Bits": gym.spaces.MultiBinary(3)}
+SPACES |= {"Square": gym.spaces.MultiDiscrete([[2, 2], [2, 2]])}
+for name, space in (SPACES | {"Four": gym.spaces.Discrete(4)}).items():
+    gym.register(f"{name}-v0", Copy, kwargs={"space": space})
 
 
 # What the scripts must refuse.
@@ -176,6 +258,7 @@ TUPLE = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.MultiBinary(2)])
 MATRIX = gym.spaces.Box(-1, 1, (2, 2))
 register_spaces("Mixed", gym.spaces.Dict({"matrix": MATRIX, "tuple": TUPLE}))
 register_spaces("MultiDiscrete", actions=gym.spaces.MultiDiscrete([2, 3]))
+register_spaces("MultiFromOne", actions=gym.spaces.MultiDiscrete([2, 3], start=[0, 1]))
 register_spaces("FromOne", actions=gym.spaces.Discrete(2, start=1))
 register_spaces("Integers", actions=gym.spaces.Box(0, 3, (2,), np.int64))
 register_spaces("Empty", actions=gym.spaces.Box(-1, 1, (0,)))

@@ -1,6 +1,7 @@
 """benchmark/: what is declared, run, stored; statistics and verdicts; patches; report."""
 
 import csv
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 SIZES = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2"
 POLE = "CartPole-v1"
 PATCHES = sorted((ROOT / "benchmark" / "variations").glob("*.patch"))
+TASKS = {"action_masks": "environments:Locks-v0", "images": "environments:Drift-v0"}
 
 
 def clear():
@@ -260,8 +262,10 @@ def test_a_patch_applies_and_trains(patch, tmp_path):
     subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
     copy = runner.patched(f"{script}.py", variation, tmp_path)
     flags = f"--total-timesteps 96 {SIZES} --runs-dir {tmp_path / 'runs'} --env-id "
-    flags += POLE if script == "ppo" else "Pendulum-v1"
-    subprocess.run([sys.executable, copy, *flags.split()], check=True, capture_output=True)
+    flags += TASKS.get(variation, POLE if script == "ppo" else "Pendulum-v1")
+    command, variables = [sys.executable, copy, *flags.split()], dict(os.environ)
+    variables["PYTHONPATH"] = str(ROOT / "tests")
+    subprocess.run(command, check=True, capture_output=True, env=variables)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert len((run_dir / "metrics.csv").read_text().splitlines()) == 4
 
