@@ -39,9 +39,8 @@ def main():
         (run_dir,) = folder.iterdir()
         film = "--num-envs 1 --eval-episodes 5 --capture-video".split()
         subprocess.run([*python, "--evaluate", run_dir, *film], check=True)
-        clip = concatenate_videoclips(
-            list(map(VideoFileClip, run_dir.glob("videos/**/*.mp4")))
-        )
+        films = map(VideoFileClip, run_dir.glob("videos/**/*.mp4"))
+        clip = concatenate_videoclips(list(films))
         clip = clip.subclipped(0, min(4, clip.duration)).image_transform(darken)
         clip = clip.resized(height=250).cropped(x_center=clip.w * 125 / clip.h, width=250)
         clip.write_gif(ROOT / "benchmark/results" / f"{name}.gif", fps=10)

@@ -60,9 +60,8 @@ def verdict(claim):
     for label, (found, (word, tasks, bound), holds) in claims.judge(claim).items():
         if holds is not None:
             word = "holds" if holds else "does not hold"
-            word += (
-                f" on {', '.join(tasks)}" if 0 < len(tasks) < max(len(found) - 1, 2) else ""
-            )
+            if 0 < len(tasks) < max(len(found) - 1, 2):
+                word += f" on {', '.join(tasks)}"
         elif word == "not settled":
             word += f" (±\u00a0{100 * bound:.0f}\u00a0%)"
         words[label] = word

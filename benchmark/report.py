@@ -3,9 +3,10 @@
     python benchmark/report.py           # rewrites texts and figures that have changed
     python benchmark/report.py --check   # only says which are out of date
 
-Between markers <!-- name arguments --> and <!-- end --> comes what FILLERS[name] returns, a
-table or a number in a line. A link from a name to a script, [`Agent`](ppo.py#L1-L2), gets
-the lines of that definition; [rollout], [advantages] and [update] those of these parts.
+Between markers <!-- name arguments --> and <!-- end --> comes what that function of tables
+or findings returns, a table or a number in a line. A link from a name to a script,
+[`Agent`](ppo.py#L1-L2), gets the lines of that definition; [rollout], [advantages] and
+[update] those of these parts.
 """
 
 import ast
@@ -21,12 +22,6 @@ import tables
 from results import RESULTS, ROOT
 
 FILES = ["benchmark/claims.md", "benchmark/README.md", "README.md"]
-NAMES = "results compared counts flags hyperparameters arms defaults tuned diagnostics "
-NAMES += "speed rlhf"
-FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
-NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "
-NAMES += "final tried lines speedup code rlhf_verdict"
-FILLERS |= {name.replace("_", "-"): getattr(findings, name) for name in NAMES.split()}
 PARTS = ["rollout", "advantages", "update"]  # of the training loop
 MARKS = ["# 1. Rollout", "# 2. Advantages", "# 3. Update", "check_finite(agent"]
 
@@ -40,7 +35,8 @@ def markdown(table):
 
 def fill(found):
     name, *arguments = shlex.split(found[2])
-    content = FILLERS[name](*arguments)
+    name = name.replace("-", "_")
+    content = getattr(findings if hasattr(findings, name) else tables, name)(*arguments)
     content = content if isinstance(content, str) else f"\n{markdown(content)}\n"
     return f"{found[1]}{content}<!-- end -->"
 

@@ -37,14 +37,10 @@ def load(*studies):
     return table.fillna({"variation": "", "note": ""})
 
 
-@cache
-def by_arm(*studies):
-    return dict(iter(load(*studies).sort_values("seed").groupby(["task", "arm"])))
-
-
 def select(task, arm, *studies, seeds=None):
     """The runs of an arm on a task, by seed."""
-    found = by_arm(*studies).get((task, arm), load(*studies).iloc[:0])
+    table = load(*studies).sort_values("seed")
+    found = table[(table.task == task) & (table.arm == arm)]
     return found if seeds is None else found[found.seed.isin(seeds)]
 
 

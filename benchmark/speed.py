@@ -22,7 +22,6 @@ from pathlib import Path
 import pandas as pd
 import results
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
@@ -72,21 +71,6 @@ def peer(package, script, python=sys.executable):
     return float(output_of(python, "-c", code, cwd=HERE))
 
 
-class Clock(BaseCallback):
-    """Begins with the first rollout after so many steps."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.steps, self.began = steps, None
-
-    def _on_rollout_start(self):
-        if self.began is None and self.num_timesteps >= self.steps:
-            self.began, self.first = time.perf_counter(), self.num_timesteps
-
-    def _on_step(self):
-        return True
-
-
 def train_peer(package, script):
     """Prints the steps per second of the package's PPO."""
     torch.set_num_threads(THREADS[script])
@@ -108,10 +92,11 @@ def train_peer(package, script):
     options |= {"learning_rate": lambda left: rate * left, "clip_range": clip, "seed": 1}
     if package == "stable_baselines3":  # SBX does not clip the value loss
         options |= {"clip_range_vf": clip, "device": "cpu"}
-    algorithm, clock = importlib.import_module(package).PPO, Clock(STEPS[script][1])
-    model = algorithm(policy, envs, **options)
-    model.learn(STEPS[script][0], callback=clock)
-    print((model.num_timesteps - clock.first) / (time.perf_counter() - clock.began))
+    model = importlib.import_module(package).PPO(policy, envs, **options)
+    model.learn(STEPS[script][1])
+    first, began = model.num_timesteps, time.perf_counter()
+    model.learn(STEPS[script][0] - first, reset_num_timesteps=False)
+    print((model.num_timesteps - first) / (time.perf_counter() - began))
 
 
 def main():

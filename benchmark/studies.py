@@ -70,10 +70,8 @@ PENDULUM_FLAGS += "--num-minibatches 64"
 SWIMMER_FLAGS = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
 SWIMMER_FLAGS += "--num-envs 4 --num-steps 1024 --num-minibatches 16"
 DOUBLE_FLAGS = "--num-envs 1 --num-steps 128 --num-minibatches 1 --gamma 0.98 "
-DOUBLE_FLAGS += (
-    "--gae-lambda 0.8 --learning-rate 1.55454e-4 --no-anneal-lr --clip-coef 0.4 "
-)
-DOUBLE_FLAGS += "--vf-coef 1.392 --target-kl None --no-recompute-advantages"
+DOUBLE_FLAGS += "--gae-lambda 0.8 --learning-rate 1.55454e-4 --no-anneal-lr "
+DOUBLE_FLAGS += "--clip-coef 0.4 --vf-coef 1.392 --target-kl None --no-recompute-advantages"
 ACROBOT_FLAGS = "--num-envs 16 --num-steps 256 --num-minibatches 64 --gae-lambda 0.94 "
 ACROBOT_FLAGS += "--ent-coef 0 --norm-obs --norm-reward"
 TUNED_TASKS = {

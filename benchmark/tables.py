@@ -175,9 +175,8 @@ def defaults():
         ratios = (table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
         if len(ratios) > 1:
             low, high = stats.ttest_1samp(ratios, 1).confidence_interval()
-            rows.append(
-                [arm, len(ratios), f"**{ratios.mean():.3f}** [{low:.3f}, {high:.3f}]"]
-            )
+            ratio = f"**{ratios.mean():.3f}** [{low:.3f}, {high:.3f}]"
+            rows.append([arm, len(ratios), ratio])
     return pd.DataFrame(rows, columns=["candidate", "seeds", f"ratio to the default {CI}"])
 
 

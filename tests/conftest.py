@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import environments
+import gymnasium as gym
 import pytest
 import torch
 
@@ -44,6 +45,21 @@ def make_args(script, name="Pole", **flags):
 def train(script, folder, name="Pole", after_iteration=None, **flags):
     args = make_args(script, name, runs_dir=str(folder), **flags)
     return script.train(args, after_iteration)
+
+
+def normalisation(script, on):
+    """The flags that switch it on or off, where there is any."""
+    return {} if script is ppo_atari else {"norm_obs": on, "norm_reward": on}
+
+
+def make_agent(script, inputs=4, actions=4, **flags):
+    """An untrained agent for so many inputs; actions: how many, or their space."""
+    torch.manual_seed(1)
+    box = lambda size: gym.spaces.Box(-1, 1, (size,))
+    if isinstance(actions, int):
+        actions = box(actions) if script is ppo_continuous else gym.spaces.Discrete(actions)
+    spaces = {"single_observation_space": box(inputs), "single_action_space": actions}
+    return script.Agent(SimpleNamespace(**spaces), script.Args(**flags))
 
 
 def only_run(folder):
@@ -102,14 +118,6 @@ def make_pictures(args, in_colour=False):
     """In place of ppo_atari.make_envs: the small environments as pictures."""
     envs = ppo.make_envs(ppo.Args(args.env_id, num_envs=args.num_envs))
     return environments.Pictures(envs)
-
-
-def numbers(batch):
-    """The observations of a minibatch as numbers (B, D), also where they are pictures."""
-    if "x" in batch:
-        return batch["x"]
-    bands = batch["obs"][:, 0, :, 0].float()
-    return (bands[:, [0, 28, 56]] - 64) / 64  # of three numbers
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)

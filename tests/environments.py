@@ -89,43 +89,6 @@ class Sides(gym.Env):
         return self.state, reward, self.steps == 10, False, {}
 
 
-class Marathon(gym.Env):
-    """Counts its own steps: no limit is registered. A reward of 7 in step 1,700, the last.
-
-    The observation is 1 before that step, else 0.
-    """
-
-    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
-    length = 1700
-
-    def observe(self):
-        return np.array([self.steps == self.length - 1], np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        return self.observe(), {}
-
-    def step(self, action):
-        self.steps += 1
-        ended = self.steps == self.length
-        return self.observe(), 7.0 * ended, ended, False, {}
-
-
-class Bandit(gym.Env):
-    """One step per episode; each of four actions has its reward."""
-
-    rewards = [0.0, 0.5, 1.0, -1.0]
-    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(4)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.ones(1, np.float32), {}
-
-    def step(self, action):
-        return np.ones(1, np.float32), self.rewards[action], True, False, {}
-
-
 class Drift(gym.Env):
     """Ten steps; a dot drifts to the left or to the right over a picture, and the action
     that tells the direction pays 1. One picture shows no direction."""
@@ -225,9 +188,7 @@ register("Faulty", Faulty)
 register("Ring", Ring, max_episode_steps=4)
 register("RingTerminal", Ring, kwargs={"terminal": True})
 register("Sides", Sides)
-register("Marathon", Marathon)
 register("Pole", CartPoleEnv, max_episode_steps=60)
-gym.register("Bandit-v0", Bandit)
 gym.register("Locks-v0", Locks)
 gym.register("LocksStrict-v0", Locks, kwargs={"strict": True})
 gym.register("Drift-v0", Drift)

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, make_args, only_run, outcome, read, train
+from conftest import SMALL, as_flags, make_agent, make_args, only_run, outcome, read, train
 from moviepy import VideoFileClip
 from test_equations import assert_orthogonal
 from torch import nn
@@ -37,22 +37,13 @@ def after(done):
     return np.concatenate([np.zeros_like(done[:1]), done[:-1]])
 
 
-def make_agent(env_id="Breakout"):
-    args = make_args(ppo, env_id=env_id, num_envs=1)
-    envs = ppo.make_envs(args)
-    torch.manual_seed(1)
-    agent = ppo.Agent(envs, args)
-    envs.close()
-    return agent
-
-
 # The network
 
 
 def test_the_network_for_pixels():
     """Convolutions of Mnih et al. 2015, a ReLU after every layer; gains √2, policy 0.01,
     value 1, zero biases."""
-    agent = make_agent()
+    agent = make_agent(ppo)
     layers = [layer for layer in agent.network if not isinstance(layer, nn.Flatten)]
     assert [type(layer) for layer in layers[1::2]] == [nn.ReLU] * 4
     shapes = [tuple(layer.weight.shape) for layer in layers[::2]]
@@ -68,7 +59,7 @@ def test_the_network_for_pixels():
 
 
 def test_features_are_those_of_pixels_between_0_and_1():
-    agent = make_agent()
+    agent = make_agent(ppo)
     obs = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8)
     x = obs.double() / 255
     for layer in agent.network.double():
@@ -81,7 +72,7 @@ def test_features_are_those_of_pixels_between_0_and_1():
 def test_bf16_is_close_to_fp32():
     generator = np.random.default_rng(0)
     obs = play("Breakout", 31, lambda t: generator.integers(0, 4, 4), num_envs=4).obs
-    agent, args = make_agent(), ppo.Args()
+    agent, args = make_agent(ppo), ppo.Args()
     batch = {"obs": torch.from_numpy(obs).flatten(0, 1)}
     batch["actions"] = torch.randint(0, 4, (len(batch["obs"]),))
     with torch.no_grad():
@@ -266,19 +257,13 @@ def test_a_film_shows_what_the_agent_sees_and_changes_nothing(tmp_path, call, mo
 # Several processes
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TWO = {
-    "num_envs": 2,
-    "num_minibatches": 2,
-    "update_epochs": 2,
-    "threads": 1,
-    "device": "cpu",
-}
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_agent(tmp_path, finish, call):
     """See ranks.py. Three iterations of two epochs, two minibatches; games of 100 steps."""
-    flags = TWO | {"env_id": "Freeway", "num_steps": 128, "max_episode_frames": 400}
+    flags = SMALL | {"env_id": "Freeway", "num_steps": 128, "max_episode_frames": 400}
+    flags |= {"threads": 1, "device": "cpu"}
     flags |= {"total_timesteps": 1536, "bf16": "off", "save_every": 1, "target_kl": 4.5}
     flags |= {"max_grad_norm": 0.01, "runs_dir": tmp_path / "runs"}
     program = SimpleNamespace(__file__=str(Path(__file__).parent / "ranks.py"))
@@ -296,7 +281,7 @@ def test_two_processes_train_one_agent(tmp_path, finish, call):
         assert one.shape == other.shape and not torch.equal(one, other)
 
     # The gradient is that of the rows of both, and it is clipped after averaging.
-    agent = make_agent("Freeway")
+    agent = make_agent(ppo, actions=3)
     agent.load_state_dict(first["agent"])
     args = make_args(ppo, env_id="Freeway")
     losses = [ppo.ppo_loss(agent, rank["minibatch"], args)[0] for rank in (first, second)]

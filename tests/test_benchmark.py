@@ -270,16 +270,6 @@ def test_a_patch_applies_and_trains(patch, tmp_path):
     assert len((run_dir / "metrics.csv").read_text().splitlines()) == 4
 
 
-def test_a_patch_that_does_not_fit_says_how_to_renew_it(tmp_path, monkeypatch):
-    (tmp_path / "variations").mkdir()
-    text = (ROOT / "benchmark/variations/spo.ppo.patch").read_text()
-    text = text.replace("clipped_ratio", "other")
-    (tmp_path / "variations/spo.ppo.patch").write_text(text)
-    monkeypatch.setattr(runner, "HERE", tmp_path)
-    with pytest.raises(ValueError, match="spo.ppo.patch does not fit(.|\n)*git diff"):
-        runner.patched("ppo.py", "spo", tmp_path / "copy")
-
-
 def test_texts_and_figures_are_those_of_the_results():
     command = [sys.executable, ROOT / "benchmark" / "report.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -206,21 +206,20 @@ def test_evaluation_prints_every_return(script, call, saved, monkeypatch):
     assert evaluation(call(script, *argv)[1])[2] == [5e-9, 6e-9]  # not 0.00
 
 
-@pytest.mark.parametrize("script", [ppo], indirect=True)
+@vectors
 def test_evaluation_films_the_first_environment(script, call, tmp_path, monkeypatch):
+    """Each of its episodes, without any other effect; former films stay."""
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    run_dir = train(script, tmp_path, env_id="CartPole-v1")
-    argv = ["--evaluate", run_dir, "--num-envs", 2, "--eval-episodes", 2]
-    status, output, _ = call(script, *argv, "--capture-video")
-    films = sorted(run_dir.glob("videos/*/*.mp4"))
-    assert status == 0 and len(films) == 2
-    for film, steps in zip(films, evaluation(output)[2]):  # the first two: environment 0
+    argv = ["--evaluate", train(script, tmp_path), "--num-envs", 2, "--eval-episodes", 2]
+    _, output, _ = call(script, *argv)
+    for _ in range(2):
+        assert call(script, *argv, "--capture-video")[:2] == (0, output)
+    films = sorted(tmp_path.glob("*/videos/*/*.mp4"))
+    steps = evaluation(output)[2][:2]  # those of environment 0
+    for film, length in zip(films, steps * 2, strict=True):
         with VideoFileClip(str(film)) as clip:
-            assert clip.reader.n_frames == pytest.approx(steps + 1, abs=1)
+            assert clip.reader.n_frames == pytest.approx(length + 1, abs=1)
             assert list(clip.size) == [600, 400]  # one CartPole
-    assert output == call(script, *argv)[1]  # filming changes nothing
-    assert call(script, *argv, "--capture-video")[0] == 0
-    assert len(list(run_dir.glob("videos/*/*.mp4"))) == 4  # the former films stay
 
 
 @vectors

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
+from conftest import make_agent
 from stable_baselines3.common.buffers import RolloutBuffer
 
 import ppo
@@ -32,15 +33,6 @@ def random_rollout(steps=40, envs=3, seed=0):
     return [torch.tensor(x) for x in (rewards, values, terminated, done)]
 
 
-def make_agent(script, inputs=4, actions=4, **flags):
-    torch.manual_seed(1)
-    box = lambda size: gym.spaces.Box(-1, 1, (size,))
-    discrete = gym.spaces.Discrete(actions)
-    action_space = box(actions) if script is ppo_continuous else discrete
-    spaces = {"single_observation_space": box(inputs), "single_action_space": action_space}
-    return script.Agent(SimpleNamespace(**spaces), script.Args(**flags))
-
-
 def loss_of(script, log_ratio, advantages=0, values=0, entropy=0, returns=0, **flags):
     """ppo_loss of an agent with these log-ratios, values (0 before) and entropies."""
     zeros = torch.zeros_like(log_ratio)
@@ -59,39 +51,30 @@ def loss_of(script, log_ratio, advantages=0, values=0, entropy=0, returns=0, **f
 # (ratio), (pg), (cpi), (clip)
 
 
-def test_clip_worked_number_1(script):
-    """An action's probability was 0.2; its advantage is 2."""
-    for new, clip, objective in (0.5, math.inf, 5), (0.5, 0.2, 2.4), (0.22, 0.2, 2.2):
-        loss = script.policy_loss(double(math.log(new / 0.2)), double(2), clip)
-        assert loss.item() == pytest.approx(-objective)
-
-
 def test_policy_gradient_and_both_surrogates_have_one_gradient_at_the_old_policy(script):
     torch.manual_seed(0)
     logits, advantages = torch.randn(64, 5).double(), torch.randn(64).double()
-    gradients = []
-    for clip in (None, math.inf, 0.2):  # (pg), (cpi), (clip)
-        z = logits.clone().requires_grad_()
-        log_prob = torch.log_softmax(z, -1)[:, 2]
-        if clip is None:
-            loss = -(log_prob * advantages).mean()
-        else:
-            loss = script.policy_loss(log_prob - log_prob.detach(), advantages, clip)
-        loss.backward()
-        gradients.append(z.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-12, atol=1e-15)
+    log_prob = torch.log_softmax(logits.requires_grad_(), -1)[:, 2]
+    log_ratio = log_prob - log_prob.detach()
+    losses = [-(log_prob * advantages).mean()]  # (pg); then (cpi), (clip)
+    losses += [script.policy_loss(log_ratio, advantages, clip) for clip in (math.inf, 0.2)]
+    gradient = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    expected, *others = map(gradient, losses)
+    for other in others:
+        torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize(
     ("ratio", "advantage", "objective", "slope"),
     [
-        (1.1, 2.0, 2.2, 2.0),
+        (1.1, 2.0, 2.2, 2.0),  # worked number 1: the probability was 0.2, and is 0.22
         (1.1, -2.0, -2.2, -2.0),
         (0.5, 2.0, 1.0, 2.0),
         (0.5, -2.0, -1.6, 0.0),
-        (1.5, 2.0, 2.4, 0.0),
-        (1.5, -2.0, -3.0, -2.0),
+        (2.5, 2.0, 2.4, 0.0),  # or 0.5
+        (2.5, -2.0, -5.0, -2.0),
+        (3.0, 1.0, 1.2, 0.0),  # worked number 4: it was 0.01, and is 0.03
+        (3.0, -1.0, -3.0, -1.0),
     ],
 )
 def test_the_six_clip_cases(script, ratio, advantage, objective, slope):
@@ -102,12 +85,8 @@ def test_the_six_clip_cases(script, ratio, advantage, objective, slope):
     assert log_ratio.grad.item() == pytest.approx(-slope * ratio)  # d ρ / d log ρ = ρ
 
 
-def test_clip_worked_number_4(script):
-    """The probability rose from 0.01 to 0.03. Small steps: KL is about ½ E[(ρ − 1)²]."""
-    for advantage, slope in ((1.0, 0.0), (-1.0, 3.0)):
-        log_ratio = double(math.log(0.03 / 0.01)).requires_grad_()
-        script.policy_loss(log_ratio, double(advantage), 0.2).backward()
-        assert log_ratio.grad.item() == pytest.approx(slope)
+def test_small_steps_have_a_kl_of_half_their_mean_square(script):
+    """Of ρ − 1; worked number 4: ½ 0.2² = 0.02."""
     for eps, error in ((0.02, 1e-3), (0.2, 0.03)):
         _, logged = loss_of(script, double(1 + eps, 1 - eps).log())
         assert logged["approx_kl"].item() == pytest.approx(0.5 * eps**2, rel=error)
@@ -116,34 +95,27 @@ def test_clip_worked_number_4(script):
 # (vf), (vf-clip), (total), (k1), (k3), (clipfrac)
 
 
-@pytest.mark.parametrize(
-    ("value", "loss", "slope"),
-    [
-        (1.1, 0.5 * 0.9**2, -0.9),  # inside the interval: as unclipped
-        (1.5, 0.5 * 0.8**2, 0.0),  # moved to the target: the clipped error is larger
-        (0.5, 0.5 * 1.5**2, -1.5),  # moved away: the unclipped error pulls back
-    ],
-)
-def test_value_loss_clipped(script, value, loss, slope):
-    """V_old is 1, the target 2."""
-    v = double(value).requires_grad_()
-    result = script.value_loss(v, double(1), double(2), 0.2)
-    result.backward()
-    assert result.item() == pytest.approx(loss)
-    assert v.grad.item() == pytest.approx(slope)
+def test_value_loss_clipped(script):
+    """V_old is 1, the target 2. V stays in the interval; moves to the target, where the
+    clipped error is larger; moves away, where the unclipped error pulls it back."""
+    values = double(1.1, 1.5, 0.5).requires_grad_()
+    loss = script.value_loss(values, double(1, 1, 1), double(2, 2, 2), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * (0.9**2 + 0.8**2 + 1.5**2) / 3)
+    torch.testing.assert_close(values.grad, double(-0.9, 0, -1.5) / 3)
 
 
 def test_total_loss_and_what_is_logged_of_a_minibatch(script):
-    """Four rows worked by hand: ratios 1.25, 0.7, 1, 1.1 and ε = 0.2."""
+    """Four rows worked by hand: ratios 1.25, 0.7, 1, 1.1 and ε = 0.15."""
     log_ratio = double(1.25, 0.7, 1.0, 1.1).log().requires_grad_()
     values = double(0.5, 2.0, -1.0, 0.1).requires_grad_()
     entropy = double(0.1, 0.2, 0.4, 0.9).requires_grad_()
     rows = {"advantages": double(1, -1, 2, -3), "values": values, "entropy": entropy}
-    rows |= {"returns": 1, "clip_coef": 0.2, "vf_coef": 0.3, "ent_coef": 0.07}
+    rows |= {"returns": 1, "clip_coef": 0.15, "vf_coef": 0.3, "ent_coef": 0.07}
     loss, logged = loss_of(script, log_ratio, **rows, norm_adv=False, clip_vloss=True)
     expected = {
-        "policy_loss": -(1.2 - 0.8 + 2.0 - 3.3) / 4,
-        "value_loss": 0.5 * (0.8**2 + 1.0**2 + 2.0**2 + 0.9**2) / 4,  # V within ±0.2
+        "policy_loss": -(1.15 - 0.85 + 2.0 - 3.3) / 4,
+        "value_loss": 0.5 * (0.85**2 + 1.0**2 + 2.0**2 + 0.9**2) / 4,  # V within ±0.15
         "entropy": 0.4,
         "old_approx_kl": -math.log(1.25 * 0.7 * 1.1) / 4,  # (k1)
         "approx_kl": (0.25 - 0.3 + 0.1 - math.log(1.25 * 0.7 * 1.1)) / 4,  # (k3)
@@ -164,7 +136,7 @@ def test_total_loss_and_what_is_logged_of_a_minibatch(script):
     assert logged["value_loss"].item() == pytest.approx(value_loss)
     # (norm): the mean is 3, the unbiased variance 14/3.
     _, logged = loss_of(script, log_ratio, **rows | {"advantages": double(6, 3, 2, 1)})
-    objective = (1.2 * 3 + 0.7 * 0 - 1.0 * 1 - 1.1 * 2) / math.sqrt(14 / 3)
+    objective = (1.15 * 3 + 0.7 * 0 - 1.0 * 1 - 1.1 * 2) / math.sqrt(14 / 3)
     assert logged["policy_loss"].item() == pytest.approx(-objective / 4)
 
 
@@ -328,26 +300,18 @@ def test_observations_are_normalised_and_clipped(script):
 
 @vectors
 def test_reward_scaling_restarts_with_every_episode_and_spans_rollouts(script):
-    rng, gamma, steps = np.random.default_rng(0), 0.9, 30
-    rewards = torch.tensor(rng.normal(2, 1, (steps, 1)), dtype=torch.float32)
-    valid = torch.ones(steps, 1, dtype=torch.bool)
-    valid[[7, 18]] = False
-    rewards[~valid] = 0
-    discounted, sums = 0.0, []
-    for t in range(steps):
-        discounted = rewards[t].item() + gamma * discounted if valid[t] else 0.0
-        sums.append(discounted)
-    stats, last_sum, scaled = script.RunningStats(), torch.zeros(1), []
-    for part in (slice(0, 7), slice(7, 30)):  # the first rollout ends with the episode
-        rows = rewards[part], valid[part]
-        result, last_sum = script.scale_rewards(*rows, stats, gamma, last_sum)
-        scaled.append(result)
-    assert last_sum.item() == pytest.approx(sums[-1], rel=1e-5)
-    sums = np.array(sums)[valid.flatten().numpy()]
-    assert stats.count.item() == 28
-    assert stats.var.item() == pytest.approx(sums.var(), rel=1e-5)
-    expected = rewards[7:] / math.sqrt(sums.var())
-    torch.testing.assert_close(scaled[1], expected, rtol=1e-5, atol=0)
+    """γ = 0.5, three rollouts; a reward of 0 is that of a step which only resets."""
+    stats, last_sum, results = script.RunningStats(), torch.zeros(1), []
+    for rollout in ([1, 2], [0, 4, 0, 2], [1]):
+        rewards = torch.tensor(rollout).float().unsqueeze(-1)
+        inputs = rewards, rewards > 0, stats, 0.5, last_sum
+        scaled, last_sum = script.scale_rewards(*inputs)
+        results.append(scaled.flatten())
+    sums = np.array([1, 2.5, 4, 2, 2])
+    assert stats.count.item() == 5 and last_sum.item() == 2
+    assert stats.var.item() == pytest.approx(sums.var())
+    torch.testing.assert_close(results[0], torch.tensor([1.0, 2.0]) / 0.75)
+    assert results[2].item() == pytest.approx(1 / sums.std())
 
 
 @vectors
@@ -410,9 +374,8 @@ def test_gradient_is_that_of_stable_baselines3(script, monkeypatch, clip):
             parameter += 0.05 * torch.randn_like(parameter)
 
     args = script.Args(clip_coef=clip, clip_vloss=False, ent_coef=0.01, vf_coef=0.5)
-    spaces = {"single_observation_space": model.observation_space}
-    spaces |= {"single_action_space": model.action_space}
-    agent, policy = script.Agent(SimpleNamespace(**spaces), args), model.policy
+    agent = make_agent(script, *model.observation_space.shape, model.action_space)
+    policy = model.policy
     actor = torch.nn.Sequential(*policy.mlp_extractor.policy_net, policy.action_net)
     critic = torch.nn.Sequential(*policy.mlp_extractor.value_net, policy.value_net)
     agent.actor.load_state_dict(actor.state_dict())

@@ -7,13 +7,21 @@ import environments
 import numpy as np
 import pytest
 import torch
-from conftest import STEPS, column, equal, load, make_args, numbers, outcome, read, train
+from conftest import STEPS, column, load, make_args, normalisation, outcome, read, train
 
 import ppo
 import ppo_atari
 import ppo_continuous
 
 vectors = pytest.mark.parametrize("script", [ppo, ppo_continuous], indirect=True)
+
+
+def numbers(batch):
+    """The observations of a minibatch as numbers (B, D), also where they are pictures."""
+    if "x" in batch:
+        return batch["x"]
+    bands = batch["obs"][:, 0, :, 0].float()
+    return (bands[:, [0, 28, 56]] - 64) / 64  # of three numbers
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def test_rows_that_only_reset_are_dropped(script, tmp_path, record, unshuffled):
     flags |= {"total_timesteps": 40, "gamma": 0.9, "gae_lambda": 0.8}
     if script is ppo_atari:
         flags["clip_rewards"] = False
-    run_dir = train(script, tmp_path, "Ring", **flags, **plain(script))
+    run_dir = train(script, tmp_path, "Ring", **flags, **normalisation(script, False))
     assert len(losses) == len(gaes) == 5
     assert {inputs[4:] for inputs, _ in gaes} == {(0.9, 0.8)}
     rewards, values, terminated, done = (
@@ -119,18 +127,13 @@ RING_VALUES = [V0, 2 + 0.9 * 3 + 0.81 * V0, 3 + 0.9 * V0]
 TERMINAL_VALUES = [1 + 0.9 * 2 + 0.81 * 3, 2 + 0.9 * 3, 3.0]
 
 
-def plain(script):
-    """Flags that switch normalisation off."""
-    return {} if script is ppo_atari else {"norm_obs": False, "norm_reward": False}
-
-
 @vectors
 @pytest.mark.parametrize("name", ["Ring", "RingTerminal"])
 def test_critic_learns_the_true_values(script, tmp_path, name):
     flags = {"num_envs": 4, "num_steps": 32, "total_timesteps": 6400, "gamma": 0.9}
     flags |= {"learning_rate": 1e-2, "clip_vloss": False, "max_grad_norm": math.inf}
     flags |= {"num_minibatches": 4, "update_epochs": 4}
-    run_dir = train(script, tmp_path, name, **flags, **plain(script))
+    run_dir = train(script, tmp_path, name, **flags, **normalisation(script, False))
     values = script.load_agent(run_dir).value(torch.eye(3))
     truth = RING_VALUES if name == "Ring" else TERMINAL_VALUES
     np.testing.assert_allclose(values, truth, atol=0.1)
@@ -151,8 +154,8 @@ def test_a_time_limit_bootstraps_unless_switched_off(script, tmp_path, record):
 
 def test_first_minibatch_of_every_update_has_ratio_one(script, tmp_path, record):
     losses = record(script, "ppo_loss")
-    flags = {} if script is ppo_atari else {"norm_obs": True, "norm_reward": True}
-    train(script, tmp_path, total_timesteps=6 * STEPS, learning_rate=1e-3, **flags)
+    flags = {"learning_rate": 1e-3, **normalisation(script, True)}
+    train(script, tmp_path, total_timesteps=6 * STEPS, **flags)
     deviations = [logged["max_ratio_dev"].item() for _, (_, logged) in losses]
     assert len(deviations) == 6 * 4
     assert max(deviations[::4]) < 1e-5
@@ -188,13 +191,8 @@ def test_statistics_are_those_of_valid_rows(script, tmp_path, played):
 # What is logged.
 
 
-def test_metrics_have_the_documented_columns(script, tmp_path):
+def test_metrics_count_iterations_and_steps(script, tmp_path):
     rows = read(train(script, tmp_path) / "metrics.csv")
-    expected = "iteration global_step policy_loss value_loss entropy old_approx_kl "
-    expected += "approx_kl clipfrac max_ratio_dev grad_norm explained_variance "
-    expected += "kl_reference " * (script is ppo)
-    expected += "learning_rate sps seconds episodes episodic_return episodic_length"
-    assert list(rows[0]) == expected.split()
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4]
     assert [int(row["global_step"]) for row in rows] == [32, 64, 96, 128]
     assert all(row["sps"].isdecimal() and float(row["seconds"]) > 0 for row in rows)
@@ -267,24 +265,13 @@ def test_target_kl_stops_after_the_epoch_that_exceeds_it(script, tmp_path, recor
         assert len(losses) == 2 * epochs
 
 
-@pytest.mark.parametrize("switch", [True, False])
-def test_losses_get_what_the_flags_ask_for(script, tmp_path, record, switch):
-    """Advantages normalised over the minibatch or not at all; the coefficient of clips."""
-    policy, value = record(script, "policy_loss"), record(script, "value_loss")
-    flags = {"norm_adv": switch, "clip_vloss": switch, "clip_coef": 0.3}
-    train(script, tmp_path, **flags, total_timesteps=STEPS)
-    for (_, advantages, clip), _ in policy:
-        both = [advantages.mean().item(), advantages.std().item()]
-        assert (both == pytest.approx([0, 1], abs=1e-5)) == switch and clip == 0.3
-    assert [inputs[3] for inputs, _ in value] == [0.3 if switch else None] * 4
-
-
 @vectors
 @pytest.mark.parametrize("switch", ["norm_obs", "norm_reward"])
 def test_normalisation_is_used_only_when_asked_for(script, tmp_path, record, switch):
     """Rewards are 1, observations lie in ±1."""
     losses, gaes = record(script, "ppo_loss"), record(script, "compute_gae")
-    run_dir = train(script, tmp_path, "Stub", **plain(script) | {switch: True})
+    flags = normalisation(script, False) | {switch: True}
+    run_dir = train(script, tmp_path, "Stub", **flags)
     agent = script.load_agent(run_dir)
     largest = [numbers(batch).abs().max().item() for (_, batch, _), _ in losses]
     rewards = [inputs[0].max().item() for inputs, _ in gaes]
@@ -307,7 +294,7 @@ def test_every_space_that_flattens_trains(script, tmp_path, env_id):
 
 
 def test_one_seed_decides_everything(script, tmp_path):
-    flags = {} if script is ppo_atari else {"norm_obs": True, "norm_reward": True}
+    flags = normalisation(script, True)
     first = outcome(train(script, tmp_path, **flags))
     torch.rand(3)  # whatever happened before
     assert first == outcome(train(script, tmp_path, **flags))
@@ -316,10 +303,9 @@ def test_one_seed_decides_everything(script, tmp_path):
 
 
 @vectors
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_vectorization_mode_does_not_change_the_run(script, tmp_path, mode):
-    changed = train(script, tmp_path, vectorization_mode=mode)
-    assert outcome(changed) == outcome(train(script, tmp_path))
+def test_vectorization_mode_does_not_change_the_run(script, tmp_path):
+    mode = lambda name: outcome(train(script, tmp_path, vectorization_mode=name))
+    assert mode("sync") == mode("async") == mode(None)
 
 
 def test_each_start_has_environments_and_randomness_of_its_own(script):
@@ -348,20 +334,6 @@ def test_evaluating_on_the_way_changes_no_metric(script, tmp_path):
     assert outcome(looked_at) == outcome(train(script, tmp_path))
     assert rows == read(looked_at / "metrics.csv") and len(rows) == 4
     assert [score.shape for score in scores] == [(3, 1)] * 4
-
-
-def test_an_agent_saved_and_loaded_acts_identically(script, tmp_path):
-    agents, flags = [], {} if script is ppo_atari else {"norm_obs": True}
-    keep = lambda agent, metrics: agents.append(agent)
-    run_dir = train(script, tmp_path, after_iteration=keep, learning_rate=0.01, **flags)
-    trained, loaded = agents[-1], script.load_agent(run_dir)
-    assert equal(dict(trained.state_dict()), dict(loaded.state_dict()))
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    args = make_args(script, num_envs=3, eval_episodes=2)
-    in_memory, reloaded = script.evaluate(trained, args), script.evaluate(loaded, args)
-    assert in_memory.shape == (3, 2) and np.array_equal(in_memory, reloaded)
-    after = dict(loaded.state_dict())  # evaluation changes nothing
-    assert equal(dict(trained.state_dict()), after)
 
 
 @pytest.mark.parametrize("greedy", [False, True])

@@ -1,6 +1,5 @@
 """What the READMEs say is so: links, flags, examples, columns, labels."""
 
-import ast
 import re
 import shutil
 from pathlib import Path
@@ -66,62 +65,28 @@ def test_every_equation_of_a_script_is_explained(script):
         assert f"({label})" in text and f"({label})" in README, label
 
 
-def test_every_column_of_the_metrics_is_explained(script, tmp_path):
-    """In a row of a table, at its beginning."""
-    columns = read(train(script, tmp_path) / "metrics.csv")[0]
-    rows = re.findall(r"^\| ([^|]*) \|", README, re.M)
-    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert len(columns) > 15 and set(columns) - explained == set()
-
-
-def test_the_command_of_the_tests_is_the_one_that_runs_here():
-    """.ci/run runs this line."""
-    (line,) = re.findall(r"^.*pytest tests.*$", README, re.M)
-    commands = line.split(" && ")
-    assert commands[0] == "pip install -r tests/requirements.txt"
-    assert commands[1:3] == ["ruff check", "ruff format --check"]
-    assert commands[3] == 'pytest tests -n 2 -m "not slow"'
+def test_the_table_of_metrics_has_their_columns(script, tmp_path):
+    table = README.partition("| column |")[2].partition("\n\n")[0]
+    names = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| ([^|]*) \|", table, re.M)))
+    if script is not ppo:
+        names.remove("kl_reference")
+    assert list(read(train(script, tmp_path) / "metrics.csv")[0]) == names
 
 
 def test_tests_and_functions_that_the_table_of_details_names_exist():
     text = (ROOT / "tests" / "README.md").read_text()
-    files = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", text)
-    assert len(named) > 20 and [name for name in named if f"def {name}(" not in files] == []
-    scripts = "\n".join(Path(script.__file__).read_text() for script in SCRIPTS)
-    for cell in re.findall(r"^\| [^|]+ \| `([\w.]+)`", text, re.M):
-        name = cell.split(".")[-1]
-        assert re.search(rf"(def|class) {name}\b", scripts), cell
+    tests, functions = r"`(test_\w+)`", r"^\| [^|]+ \| `(?:\w+\.)?(\w+)`"
+    names = re.findall(tests, text) + re.findall(functions, text, re.M)
+    files = [*(ROOT / "tests").glob("test_*.py"), *(script.__file__ for script in SCRIPTS)]
+    code = "\n".join(Path(file).read_text() for file in files)
+    assert len(names) > 40
+    assert [name for name in names if not re.search(rf"(def|class) {name}\b", code)] == []
 
 
-# Examples in Python
+# Examples in Python; functions of ours that the README shows are filled in by report.py.
 
-
-def without_docstrings(tree):
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.FunctionDef) and isinstance(body[0], ast.Expr):
-            body[:1] = []
-    return ast.unparse(tree)
-
-
-def functions(text):
-    """{name: code without comments and docstring} of the functions of a module."""
-    nodes = ast.parse(text).body
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    return {node.name: without_docstrings(node) for node in functions}
-
-
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
-OURS = functions(Path(ppo.__file__).read_text())
-SHOWN = [code for code in EXAMPLES if functions(code).keys() & OURS.keys()]
-RUN = [code for code in EXAMPLES if code not in SHOWN]
-
-
-def test_functions_that_the_readme_shows_are_those_of_the_scripts():
-    for code in SHOWN:
-        for name, text in functions(code).items():
-            assert text == OURS[name], name
+EXAMPLES = re.findall(r"(?<!-->)\n```python\n(.*?)^```", README, re.S | re.M)
+assert len(EXAMPLES) == 3  # using an agent, writing an environment, plotting
 
 
 @pytest.fixture
@@ -136,7 +101,7 @@ def beside_runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("code", RUN, ids=lambda code: code.split("\n")[0])
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: code.split("\n")[0])
 def test_the_examples_run(beside_runs, code):
     """As a program beside runs/. An environment that one registers is learned."""
     known = set(gym.registry)
@@ -151,8 +116,3 @@ def test_the_examples_run(beside_runs, code):
         returns = [float(row["episodic_return"]) for row in episodes]
         third = len(returns) // 3
         assert sum(returns[-third:]) > sum(returns[:third])
-
-
-def test_there_are_examples():
-    """Of using an agent, writing an environment, plotting."""
-    assert len(RUN) >= 3

@@ -9,8 +9,8 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
-import torch
 from conftest import (
     SMALL,
     STEPS,
@@ -20,6 +20,7 @@ from conftest import (
     equal,
     load,
     make_args,
+    normalisation,
     only_run,
     outcome,
     read,
@@ -29,8 +30,6 @@ from conftest import (
 import ppo
 import ppo_atari
 import ppo_continuous
-
-vectors = pytest.mark.parametrize("script", [ppo, ppo_continuous], indirect=True)
 
 
 class Stop(Exception):
@@ -54,18 +53,29 @@ def resume(script, run_dir):
     return script.train(dataclasses.replace(args, resume=str(run_dir)))
 
 
-def normalised(script):
-    return {} if script is ppo_atari else {"norm_obs": True, "norm_reward": True}
-
-
-def test_saving_changes_nothing(script, tmp_path):
-    flags = {"total_timesteps": 6 * STEPS, **normalised(script)}
-    often = train(script, tmp_path, **flags, save_every=1)
-    never = train(script, tmp_path, **flags, save_every=100)
+@pytest.mark.parametrize("name", ["Pole", "Sides"])  # with a time limit and without
+def test_saving_changes_nothing(script, tmp_path, name):
+    flags = {"total_timesteps": 6 * STEPS, **normalisation(script, True)}
+    often = train(script, tmp_path, name, **flags, save_every=1)
+    never = train(script, tmp_path, name, **flags, save_every=100)
     assert outcome(often) == outcome(never)
     assert len(outcome(often)[0]) == 6 and len(outcome(often)[1]) > 3
     for part in ("agent", "optimizer"):
         assert equal(load(often)[part], load(never)[part])
+
+
+def test_an_agent_saved_and_loaded_acts_identically(script, tmp_path):
+    agents, keep = [], lambda agent, metrics: agents.append(agent)
+    flags = {"learning_rate": 0.01, **normalisation(script, True)}
+    run_dir = train(script, tmp_path, after_iteration=keep, **flags)
+    trained, loaded = agents[-1], script.load_agent(run_dir)
+    assert equal(dict(trained.state_dict()), dict(loaded.state_dict()))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    args = make_args(script, num_envs=3, eval_episodes=2)
+    in_memory, reloaded = script.evaluate(trained, args), script.evaluate(loaded, args)
+    assert in_memory.shape == (3, 2) and np.array_equal(in_memory, reloaded)
+    # Evaluation changes nothing.
+    assert equal(dict(trained.state_dict()), dict(loaded.state_dict()))
 
 
 def test_checkpoints_are_written_as_often_as_asked_for(script, tmp_path, record):
@@ -83,7 +93,8 @@ def test_checkpoints_are_written_as_often_as_asked_for(script, tmp_path, record)
 def test_a_resumed_run_goes_on(script, tmp_path, started, save_every, crash_at):
     """With all that was learned until its checkpoint; no row is missing or double. Also
     without any checkpoint but the one before the first iteration."""
-    flags = {"total_timesteps": 8 * STEPS, "save_every": save_every, **normalised(script)}
+    flags = {"total_timesteps": 8 * STEPS, **normalisation(script, True)}
+    flags["save_every"] = save_every
     whole = outcome(train(script, tmp_path / "whole", **flags))
     run_dir = crash(script, tmp_path / "crashed", crash_at, **flags)
     twin = shutil.copytree(run_dir, tmp_path / "twin")
@@ -117,19 +128,6 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(script, tmp_path):
     before, weights = outcome(run_dir), load(run_dir)["agent"]
     resume(script, run_dir)
     assert outcome(run_dir) == before and equal(load(run_dir)["agent"], weights)
-
-
-@vectors
-def test_long_episodes_without_a_registered_limit_reach_their_end(script, tmp_path, record):
-    """Episodes of 1,700 steps, checkpoints every 240: their last reward is learned."""
-    losses = record(script, "ppo_loss")
-    flags = {"num_envs": 1, "num_steps": 80, "num_minibatches": 1, "update_epochs": 1}
-    flags |= {"norm_obs": False, "norm_reward": False, "total_timesteps": 44 * 80}
-    run_dir = train(script, tmp_path, "Marathon", **flags)
-    episodes = [[*row.values()][1:] for row in outcome(run_dir)[1]]
-    assert episodes == [["7.0", "1700"]] * 2
-    last = [batch["returns"][batch["x"][:, 0] == 1] for (_, batch, _), _ in losses]
-    assert torch.cat(last).unique().tolist() == pytest.approx([7.0])
 
 
 # A log that has lost rows, or is missing

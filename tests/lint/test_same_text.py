@@ -7,13 +7,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import SCRIPTS
 
 import ppo
 import ppo_atari
 import ppo_continuous
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = [ppo, ppo_continuous, ppo_atari]
 SECTIONS = ["Flags", "Equations", "Agent", "Training", "Evaluation", "Environments", "Runs"]
 SPLIT = {"Args", "Agent", "Run"}  # classes whose methods are compared one by one
 
@@ -69,23 +68,17 @@ def test_the_same_job_is_the_same_text(other):
 
 
 def fields(script):
-    """{flag: its type and comment, on its line or above it}, without the default."""
-    lines, found, above = definitions(script)["Args"].splitlines(), {}, []
-    for line in lines:
-        if line.strip().startswith("#"):
-            above.append(line.strip())
-        elif field := re.match(r" +(\w+): (.+?) = [^#]+(#.*)?$", line):
-            name, annotation, beside = field.groups()
-            found[name] = (annotation, " ".join([*above, beside or ""]).strip())
-            above = []
-    return found
+    """{flag: (the comment above it, its type, the comment beside it)}."""
+    pattern = r"((?:^    #.*\n)*)^    (\w+): (.+?) = [^#\n]+(#.*)?$"
+    found = re.findall(pattern, definitions(script)["Args"], re.M)
+    return {name: (above, kind, beside) for above, name, kind, beside in found}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_a_comment_and_the_same_in_all_scripts(script):
     flags, others = fields(script), fields(ppo)
     assert list(flags) == [field.name for field in dataclasses.fields(script.Args)]
-    assert all(comment for _, comment in flags.values())
+    assert all(above or beside for above, _, beside in flags.values())
     differ = {name for name in flags.keys() & others.keys() if flags[name] != others[name]}
     allowed = {"env_id", "threads", "num_envs"} if script is ppo_atari else {"env_id"}
     assert differ <= allowed
