@@ -92,13 +92,14 @@ def cleanrl(env_id, gamma, num_envs, steps, seed, continuous):
     if not continuous:
         action = lambda obs: agent.actor(tensor(obs)).argmax(-1)
         return lambda obs: agent.get_value(tensor(obs)), action
-    # Its evaluation begins with new statistics; they are used where that is the question.
     used, new = left["envs"].envs[0], left["make_env"](env_id, 0, False, "", gamma)()
-    normalize = (new if "Scale" in env_id else used).get_wrapper_attr("normalize")
-    deviation = np.sqrt(used.get_wrapper_attr("return_rms").var + 1e-8)  # divides rewards
-    x = lambda obs: tensor(normalize(obs)).clamp(-10, 10)
-    value = lambda obs: agent.get_value(x(obs)) * deviation
-    return value, lambda obs: agent.actor_mean(x(obs))
+    new.reset(seed=seed)
+    # Its evaluation begins with new statistics; they are used where that is the question.
+    statistics = (new if "Scale" in env_id else used).get_wrapper_attr("obs_rms")
+    std = np.sqrt(statistics.var + 1e-8)
+    x = lambda obs: tensor((obs - statistics.mean) / std).clamp(-10, 10)
+    unit = np.sqrt(used.get_wrapper_attr("return_rms").var + 1e-8)  # it divides rewards
+    return lambda obs: agent.get_value(x(obs)) * unit, lambda obs: agent.actor_mean(x(obs))
 
 
 def tianshou(env_id, gamma, num_envs, steps, seed, continuous):
@@ -135,8 +136,8 @@ def tianshou_networks(env, continuous):
     from tianshou.utils.net import discrete
     from tianshou.utils.net.common import Net
 
-    options = {"state_shape": env.observation_space.shape, "activation": torch.nn.Tanh}
-    net = lambda: Net(hidden_sizes=[64, 64], **options)
+    sizes = {"state_shape": env.observation_space.shape, "hidden_sizes": [64, 64]}
+    net = lambda: Net(activation=torch.nn.Tanh, **sizes)
     options = {"action_space": env.action_space, "deterministic_eval": True}
     if not continuous:
         actor = discrete.DiscreteActor(preprocess_net=net(), action_shape=2)
@@ -169,7 +170,7 @@ def skrl(env_id, gamma, num_envs, steps, seed, continuous, time_limit_bootstrap=
     cfg.experiment.write_interval = cfg.experiment.checkpoint_interval = 0
     cfg.time_limit_bootstrap = time_limit_bootstrap
     models = lambda: {"models": skrl_models(spaces, continuous), **spaces}
-    agent = PPO(memory=RandomMemory(32, num_envs), cfg=cfg, **models())
+    agent = PPO(memory=RandomMemory(memory_size=32, num_envs=num_envs), cfg=cfg, **models())
     trainer = {"timesteps": steps // num_envs, "headless": True}
     SequentialTrainer(cfg=trainer, env=env, agents=agent).train()
     with TemporaryDirectory() as folder:

@@ -177,9 +177,9 @@ class Scale(Probe):
 
 
 class Far(Probe):
-    """A negative action at the start ends the episode with a reward of ½. Others lead down a
-    path of 20 more steps, the last of which pays 1. γ = 0.99: the path is worth 0.99^20 =
-    0.82 and is the better choice; with γ = 0.95 it would be worth 0.36, with 0.9 0.12."""
+    """A negative action at the start ends the episode with a reward of ½. Others lead down
+    a path of 20 more steps, the last of which pays 1. γ = 0.99: the path is worth
+    0.99^20 = 0.82, more than ½. With γ = 0.95 it would be worth 0.36, with 0.9 0.12."""
 
     states = 21
 

@@ -73,8 +73,8 @@ PROBES = {
         "value",
         {0: 4, 1: 2, 2: 2, 3: 2},
         0.1,
-        "state 3 above 2: what is both terminated and truncated counts as a time limit; else "
-        "see the probes before",
+        "state 3 above 2: what is both terminated and truncated counts as a time limit; "
+        "else see the probes before",
     ),
     "last state": Probe(
         "Ring",

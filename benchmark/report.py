@@ -22,7 +22,7 @@ from results import RESULTS, ROOT
 
 FILES = ["benchmark/claims.md", "benchmark/README.md", "README.md"]
 NAMES = "results compared counts flags hyperparameters arms defaults tuned diagnostics "
-NAMES += "speed rlhf"
+NAMES += "speed rlhf probes"
 FILLERS = {name: getattr(tables, name) for name in NAMES.split()}
 NAMES = "effects ladder verdict verdicts effect kl_range scores mean_score mean_metric "
 NAMES += "final speedup code rlhf_verdict"

@@ -242,3 +242,20 @@ def rlhf():
     columns = {"kl": "KL to the reference", "proxy": "proxy return", "true": "true return"}
     table = load("rlhf").groupby("beta")[list(columns)].agg(spread)
     return table.rename(columns=columns).reset_index(names="β")
+
+
+def probes():
+    """What each implementation made of each probe; where it failed, its worst answer."""
+
+    def cell(rows):
+        probed, failed = rows.dropna(subset="found"), rows[rows.passed == 0]
+        if failed.empty:
+            return "✓" if len(probed) else "–"
+        worst = failed.loc[(failed.found - failed.expected).abs().idxmax()]
+        failed = failed[failed.quantity == worst.quantity]
+        only = "" if len(set(failed.actions)) == len(set(probed.actions)) else worst.actions
+        text = f"✗ {worst.quantity} = {number(failed.found.mean(), 2)}"
+        return f"{text}, not {number(worst.expected, 1)} {only}".strip()
+
+    groups = load("probes").groupby(["probe", "implementation"], sort=False)
+    return groups.apply(cell).unstack(sort=False).reset_index()
