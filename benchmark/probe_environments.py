@@ -1,7 +1,7 @@
 """Probes: tiny environments in which the right answer can be worked out on paper.
 
-Importing this registers them. NAME-v0 has two discrete actions, NAMEBox-v0 one continuous
-action; `gym.make("probe_environments:Ends-v0")` imports and makes one in any process.
+Importing this registers them: ProbeNAME-v0 has two discrete actions, ProbeNAMEBox-v0 one
+continuous action. `gym.make("probe_environments:ProbeEnds-v0")` does both.
 
 γ is 1/2 where nothing else is said. In most environments the actions do not matter, and the
 answer is the value V of a state. They are built so that one mistake shows and the others do
@@ -192,23 +192,24 @@ class Far(Probe):
 
 
 class Stale(Probe):
-    """Ten steps; the state tells whether the last action was negative, 0, or not, 1. The
-    best action is the opposite, ½ in state 0, -½ in state 1. Where actions are learned with
-    the observation after them, state 0 has negative ones only, and these are learned."""
+    """Ten steps from state to state, by chance. The best action is -½ in states 0, 1, 2 and
+    ½ in states 3, 4, 5. The state before or after an action tells nothing of what was best:
+    where actions are chosen by it, or learned with it, all states have about the same."""
 
-    states = 2
+    states = 6
 
     def first(self):
         self.steps = 0
-        return int(self.np_random.integers(2))
+        return int(self.np_random.integers(6))
 
     def step(self, action):
-        number, best = self.number(action), 0.5 - self.state
-        self.state, self.steps = int(number >= 0), self.steps + 1
-        return self.observe(), -((number - best) ** 2), self.steps == 10, False, {}
+        best = 0.5 if self.state >= 3 else -0.5
+        reward = -((self.number(action) - best) ** 2)
+        self.state, self.steps = int(self.np_random.integers(6)), self.steps + 1
+        return self.observe(), reward, self.steps == 10, False, {}
 
 
 for probe in [*Probe.__subclasses__(), *Ends.__subclasses__()]:
     for suffix, continuous in ("", False), ("Box", True):
-        name, kwargs = f"{probe.__name__}{suffix}-v0", {"continuous": continuous}
+        name, kwargs = f"Probe{probe.__name__}{suffix}-v0", {"continuous": continuous}
         gym.register(name, probe, max_episode_steps=probe.limit, kwargs=kwargs)

@@ -245,17 +245,17 @@ def rlhf():
 
 
 def probes():
-    """What each implementation made of each probe; where it failed, its worst answer."""
+    """What each implementation made of each probe; where it failed, the worst answer."""
 
     def cell(rows):
-        probed, failed = rows.dropna(subset="found"), rows[rows.passed == 0]
-        if failed.empty:
-            return "✓" if len(probed) else "–"
+        if rows.found.isna().all():
+            return "–"
+        if (failed := rows[rows.passed == 0]).empty:
+            return "✓"
         worst = failed.loc[(failed.found - failed.expected).abs().idxmax()]
-        failed = failed[failed.quantity == worst.quantity]
-        only = "" if len(set(failed.actions)) == len(set(probed.actions)) else worst.actions
-        text = f"✗ {worst.quantity} = {number(failed.found.mean(), 2)}"
-        return f"{text}, not {number(worst.expected, 1)} {only}".strip()
+        return f"✗ {worst.quantity} = {number(worst.found, 2)}, not {worst.expected:g}"
 
-    groups = load("probes").groupby(["probe", "implementation"], sort=False)
-    return groups.apply(cell).unstack(sort=False).reset_index()
+    table = load("probes")
+    table["name"] = table.implementation + " (" + table.version + ")"
+    cells = table.groupby(["probe", "name"], sort=False).apply(cell)
+    return cells.unstack(sort=False).reset_index()

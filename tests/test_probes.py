@@ -17,7 +17,7 @@ VALUES.remove("seed")
 
 def play(probe, steps=4000):
     """Steps (state, reward, next state, terminated, ended, first state after the end)."""
-    env = gym.make(f"probe_environments:{probe.environment}-v0")
+    env = gym.make(f"probe_environments:Probe{probe.environment}-v0")
     obs, _ = env.reset(seed=1)
     for step in range(steps):
         next_obs, reward, terminated, truncated, _ = env.step(step % 2)
@@ -47,7 +47,7 @@ def test_the_right_values_solve_bellmans_equation(name):
 
 def pretend(wrong, env_id, gamma, num_envs, steps, seed, continuous):
     """An adapter that knows the answers to the value probes, with an error in one."""
-    environment = re.search(r":(\w+?)(Box)?-", env_id)[1]
+    environment = re.search(r":Probe(\w+?)(Box)?-", env_id)[1]
     found = [name for name in VALUES if PROBES[name].environment == environment]
     expected = PROBES[found[0]].expected if found else {}
     error = 0.5 * (found == [wrong])
