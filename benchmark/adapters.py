@@ -117,8 +117,7 @@ def tianshou(env_id, gamma, num_envs, steps, seed, continuous):
     policy, critic = tianshou_networks(gym.make(env_id), continuous)
     optimizer = AdamOptimizerFactory(lr=1e-3)
     algorithm = PPO(policy=policy, critic=critic, optim=optimizer, gamma=gamma)
-    buffer = VectorReplayBuffer(32 * num_envs, num_envs)
-    collector = Collector(algorithm, envs, buffer, exploration_noise=True)
+    collector = Collector(algorithm, envs, VectorReplayBuffer(32 * num_envs, num_envs))
     settings = {"max_epochs": 1, "epoch_num_steps": steps, "update_step_num_repetitions": 4}
     settings |= {"batch_size": 32, "collection_step_num_env_steps": 32 * num_envs}
     settings |= {"training_collector": collector, "test_collector": None}
@@ -153,22 +152,16 @@ def tianshou_networks(env, continuous):
 
 def skrl(env_id, gamma, num_envs, steps, seed, continuous, time_limit_bootstrap=False):
     """As in examples/gymnasium/torch_gymnasium_pendulum_ppo.py."""
-    from skrl.agents.torch.ppo import PPO, PPO_CFG
+    from skrl.agents.torch.ppo import PPO
     from skrl.envs.wrappers.torch import wrap_env
     from skrl.memories.torch import RandomMemory
-    from skrl.resources.preprocessors.torch import RunningStandardScaler
     from skrl.trainers.torch import SequentialTrainer
     from skrl.utils import set_seed
 
     set_seed(seed)
     env = wrap_env(gym.make_vec(env_id, num_envs, "sync"))
     spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    cfg = PPO_CFG(rollouts=32, learning_epochs=4, mini_batches=4, discount_factor=gamma)
-    cfg.learning_rate, cfg.value_clip, cfg.value_loss_scale = 1e-3, 0, 0.5
-    cfg.observation_preprocessor = RunningStandardScaler
-    cfg.observation_preprocessor_kwargs = {"size": env.observation_space}
-    cfg.experiment.write_interval = cfg.experiment.checkpoint_interval = 0
-    cfg.time_limit_bootstrap = time_limit_bootstrap
+    cfg = skrl_config(env, discount_factor=gamma, time_limit_bootstrap=time_limit_bootstrap)
     models = lambda: {"models": skrl_models(spaces, continuous), **spaces}
     agent = PPO(memory=RandomMemory(memory_size=32, num_envs=num_envs), cfg=cfg, **models())
     trainer = {"timesteps": steps // num_envs, "headless": True}
@@ -186,6 +179,19 @@ def skrl(env_id, gamma, num_envs, steps, seed, continuous, time_limit_bootstrap=
 
 def skrl_bootstrap(*settings):
     return skrl(*settings, time_limit_bootstrap=True)
+
+
+def skrl_config(env, **options):
+    from skrl.agents.torch.ppo import PPO_CFG
+    from skrl.resources.preprocessors.torch import RunningStandardScaler
+
+    options |= {"rollouts": 32, "learning_epochs": 4, "mini_batches": 4}
+    options |= {"learning_rate": 1e-3, "value_clip": 0, "value_loss_scale": 0.5}
+    options |= {"observation_preprocessor": RunningStandardScaler}
+    options |= {"observation_preprocessor_kwargs": {"size": env.observation_space}}
+    cfg = PPO_CFG(**options)
+    cfg.experiment.write_interval = cfg.experiment.checkpoint_interval = 0
+    return cfg
 
 
 def skrl_models(spaces, continuous):
