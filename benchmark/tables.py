@@ -241,3 +241,20 @@ def rlhf():
     columns = {"kl": "KL to the reference", "proxy": "proxy return", "true": "true return"}
     table = load("rlhf").groupby("beta")[list(columns)].agg(spread)
     return table.rename(columns=columns).reset_index(names="β")
+
+
+def probes():
+    """What each implementation made of each probe; where it failed, the worst answer."""
+
+    def cell(rows):
+        if rows.found.isna().all():
+            return "–"
+        if (failed := rows[rows.passed == 0]).empty:
+            return "✓"
+        worst = failed.loc[(failed.found - failed.expected).abs().idxmax()]
+        return f"✗ {worst.quantity} = {number(worst.found, 2)}, not {worst.expected:g}"
+
+    table = load("probes")
+    table["name"] = table.implementation + " (" + table.version + ")"
+    cells = table.groupby(["probe", "name"], sort=False).apply(cell)
+    return cells.unstack(sort=False).reset_index()
