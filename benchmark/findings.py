@@ -52,6 +52,9 @@ def ladder():
         change = [number(x, 0) for x in (after[0] - before[0], *welch(after, before))]
         rows = rows or [["CleanRL's flags", number(before[0]), ""]]
         rows.append([f"+ {label}", number(after[0]), "{} [{}, {}]".format(*change)])
+    first, last = summary(claims.values(CHEETAH, "ladder-0")), after
+    change = [number(x, 0) for x in (last[0] - first[0], *welch(last, first))]
+    rows.append(["from the first to the last", "", "{} [{}, {}]".format(*change)])
     return pd.DataFrame(rows, columns=["agent", "mean return", f"change {CI}"])
 
 

@@ -129,8 +129,10 @@ def compared():
             low, high = np.round([low, high], 1 if abs(best["mean"]) < 500 else 0)
             word = ("ahead" if low > 0 else "behind" if high < 0 else "level") + word
             source = f"[{best.source}]({best.address}), {best.env_version}"
-            rows.append([name, protocol, with_count(ours), theirs, source, text, word])
-    columns = ["task", "protocol", "ours (seeds)", "best published (seeds)", "by"]
+            steps = f"{best.steps / 1e6:g}M"
+            row = [name, protocol, with_count(ours), theirs, steps, source, text, word]
+            rows.append(row)
+    columns = ["task", "protocol", "ours (seeds)", "best published (seeds)", "steps", "by"]
     return pd.DataFrame(rows, columns=[*columns, f"difference {CI}", "ours is"])
 
 
