@@ -128,8 +128,8 @@ PROBES = {
     "scale": Probe(
         "Scale",
         "action",
-        {-1: -0.5, 1: 0.5},
-        SIGN,
+        {-1: -1, 1: 1},
+        0.5,
         "observations are not normalised, or their statistics are not saved with the agent",
     ),
     "far": Probe(
