@@ -162,7 +162,8 @@ class Bounds(Probe):
 
 class Scale(Probe):
     """One step; observations of 999 and 1001, by chance; rewards of a thousandth. The best
-    action is -½ for 999 and ½ for 1001. Without normalisation the two look alike."""
+    action is -1 for 999 and 1 for 1001, or the nearest. Without normalisation the two look
+    alike, and the best action for both is 0."""
 
     def first(self):
         return 2 * int(self.np_random.integers(2)) - 1
@@ -171,7 +172,7 @@ class Scale(Probe):
         return np.array([1000 + self.state], np.float32)
 
     def step(self, action):
-        reward = -1e-3 * (self.number(action) - 0.5 * self.state) ** 2
+        reward = -1e-3 * (self.number(action) - self.state) ** 2
         self.state = 0
         return self.observe(), reward, True, False, {}
 

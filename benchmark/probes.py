@@ -120,7 +120,7 @@ PROBES = {
         "Bounds",
         "action",
         {0: 2.5},
-        0.3,
+        0.5,  # a policy with much noise puts its mean at the bound, 3
         "actions are cut to [-1, 1] and not mapped to the environment's bounds",
         steps=40_000,
         kinds=("continuous",),
@@ -128,8 +128,8 @@ PROBES = {
     "scale": Probe(
         "Scale",
         "action",
-        {-1: -0.5, 1: 0.5},
-        SIGN,
+        {-1: -1, 1: 1},
+        0.5,
         "observations are not normalised, or their statistics are not saved with the agent",
     ),
     "far": Probe(
