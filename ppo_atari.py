@@ -489,7 +489,7 @@ class AtariGames(gym.vector.VectorWrapper):
 def make_envs(args, in_colour=False):
     """A VectorEnv of args.num_envs games. By ale-py's defaults, a step repeats its action
     for 4 frames, and an observation is the last 4 steps in grey, (N, 4, 84, 84). in_colour,
-    it is only the last step, (N, 1, 210, 160, 3). A game begins with up to 30 no-ops."""
+    it is only the last step, (N, 1, 210, 160, 3). A game begins with up to 29 no-ops."""
     game = (
         args.env_id.removeprefix("ALE/").removesuffix("-v5").removesuffix("NoFrameskip-v4")
     )
