@@ -86,9 +86,10 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them). Of what comes
-    after the rollout only V(s_T) is known, and δ_{T−1} has it. Later δ are unknown, so the
-    recursion starts with Â_T = 0.
+    time limit truncated it (rewards would have followed: V stands for them). In both cases
+    s_{t+1} is its last state, not the next episode's first. Of what comes after the rollout
+    only V(s_T) is known, and δ_{T−1} has it. Later δ are unknown, so the recursion starts
+    with Â_T = 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -117,8 +118,7 @@ def policy_loss(log_ratio, advantages, clip_coef):
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
     V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε,
-    which is here an amount of return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs
-    (B,)."""
+    here in units of return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -157,7 +157,7 @@ def ppo_loss(agent, batch, args):
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
-        "max_ratio_dev": ratio_dev.abs().max(),
+        "max_ratio_dev": ratio_dev.abs().max(),  # logged as the mean over minibatches
     }
 
 
@@ -200,9 +200,9 @@ class RunningStats(nn.Module):
 
 def scale_rewards(rewards, valid, stats, gamma, running_sum):
     """(rew-norm): r_t / √Var(G), so that returns, which the critic learns, are of order 1
-    in all environments; then clipped to ±10. No mean is subtracted, since that would change
-    which behaviour is best. G_t = γ G_{t−1} + r_t sums the episode's rewards so far, which
-    are known; it varies about as much as the return, the sum of those to come.
+    in all environments; then clipped to ±10. No mean is subtracted: a constant in each step
+    would favour long or short episodes. G_t = γ G_{t−1} + r_t sums the episode's rewards so
+    far, which are known; it varies about as much as the return, the sum of those to come.
 
     rewards (T, N); valid (T, N), False in the step after an episode, which only resets;
     stats, the variance of all G so far; running_sum (N,), the last G of the rollout before
@@ -239,7 +239,8 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(inputs)
         self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
 
-        # Separate networks: the value loss has no gradient for the policy's weights.
+        # Separate networks: the value loss has no gradient for the policy's weights. So
+        # vf_coef hardly matters; it sets the critic's share in the norm that is clipped.
         # The gain of 0.01 makes all actions almost equally probable at first.
         actions = int(envs.single_action_space.n)
         self.actor = mlp(inputs, 64, actions, output_gain=0.01)
@@ -351,13 +352,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             drift = log_probs - ref_log_probs  # on average KL(π, π_ref)
             r = r - args.kl_coef * drift * valid
         if args.norm_reward:
-            # Each reward is scaled only once, so the statistics may be updated first.
+            # Each reward is scaled only once, unlike x, so the statistics may change first.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
         # Where an episode has no future, V(s_{t+1}) counts as 0. Steps that only reset get
-        # advantages, too, but no other step sees these, since (gae) stops at done[t − 1].
-        # They themselves are dropped below.
+        # advantages, too, but no other step sees these, since (gae) does not go back over
+        # the end of an episode. They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -409,7 +410,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
 
 # ---------- Evaluation ----------
-@torch.random.fork_rng()  # a training that goes on keeps its own random numbers
+@torch.random.fork_rng()  # a training that calls it keeps its own random numbers
 @torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes episodes in each environment → scores (N, episodes)."""
@@ -652,7 +653,7 @@ def load_reference(args, agent):
     """The agent of args.reference or None; copies its weights and statistics into agent."""
     if args.reference is None:
         return None
-    args.reference = str(Path(args.reference).absolute())  # for --resume elsewhere
+    args.reference = str(Path(args.reference).absolute())  # in args.json, for --resume
     reference = load_agent(args.reference, next(agent.parameters()).device)
     if [p.shape for p in reference.parameters()] != [p.shape for p in agent.parameters()]:
         raise UsageError(f"--reference {args.reference}: trained on other spaces")

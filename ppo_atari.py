@@ -26,7 +26,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-# Before torch is imported: its idle threads on a CPU soon make way for the games'.
+# Before torch is imported: how often its idle threads look for work before they sleep, and
+# leave the CPU to the games' threads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -100,9 +101,10 @@ def compute_gae(rewards, values, terminated, done, gamma, gae_lambda):
     (gae)  Â_t = δ_t + γλ (1 − done_t) Â_{t+1}
 
     An episode is done when it terminated (no reward can follow: V is 0 there) or when a
-    time limit truncated it (rewards would have followed: V stands for them). Of what comes
-    after the rollout only V(s_T) is known, and δ_{T−1} has it. Later δ are unknown, so the
-    recursion starts with Â_T = 0.
+    time limit truncated it (rewards would have followed: V stands for them). In both cases
+    s_{t+1} is its last state, not the next episode's first. Of what comes after the rollout
+    only V(s_T) is known, and δ_{T−1} has it. Later δ are unknown, so the recursion starts
+    with Â_T = 0.
 
     rewards (T, N), values (T+1, N), terminated, done (T, N, bool) → advantages (T, N)."""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
@@ -131,8 +133,7 @@ def policy_loss(log_ratio, advantages, clip_coef):
 def value_loss(values, old_values, returns, clip_coef):
     """(vf-clip): ½ E[max((V − R̂)², (V_clip − R̂)²)], where R̂ = returns, ε = clip_coef and
     V_clip = V_old + clip(V − V_old, −ε, ε): nothing is gained by moving V more than ε,
-    which is here an amount of return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs
-    (B,)."""
+    here in units of return. With clip_coef None, (vf): ½ E[(V − R̂)²]. Inputs (B,)."""
     error = (values - returns) ** 2
     if clip_coef is not None:
         clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
@@ -172,7 +173,7 @@ def ppo_loss(agent, batch, args):
         "old_approx_kl": -log_ratio.mean(),  # (k1)
         "approx_kl": (ratio_dev - log_ratio).mean(),  # (k3)
         "clipfrac": (ratio_dev.abs() > args.clip_coef).float().mean(),  # (clipfrac)
-        "max_ratio_dev": ratio_dev.abs().max(),
+        "max_ratio_dev": ratio_dev.abs().max(),  # logged as the mean over minibatches
     }
 
 
@@ -314,9 +315,9 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # action. After the end of a game, the next step only resets. valid tells which
         # actions were the policy's.
         obs[0] = obs[T]  # continue where the last rollout ended
-        # With bf16, the autocast in features makes bfloat16 copies of the weights, which
-        # are dropped when the outermost autocast ends. This outer one converts nothing
-        # itself (enabled=False); it only makes the copies last for all T steps.
+        # With bf16, the autocast in features makes bfloat16 copies of the weights. They
+        # last while any autocast is open, even this outer one, which itself converts
+        # nothing (enabled=False). So they are made once, not at each of the T steps.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t])
@@ -336,8 +337,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
         r = to_tensor(np.sign(rewards) if args.clip_rewards else rewards).float()
         # Where an episode has no future, V(s_{t+1}) counts as 0. Steps of FIRE and resets
-        # get advantages, too, but no other step sees these, since (gae) stops at
-        # done[t − 1]. They themselves are dropped below.
+        # get advantages, too, but no other step sees these, since (gae) does not go back
+        # over the end of an episode. They themselves are dropped below.
         no_future = to_tensor(terminated) if args.bootstrap_truncated else ended
         advantages = compute_gae(r, values, no_future, ended, args.gamma, args.gae_lambda)
         batch = {
@@ -393,7 +394,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
 
 # ---------- Evaluation ----------
-@torch.random.fork_rng()  # a training that goes on keeps its own random numbers
+@torch.random.fork_rng()  # a training that calls it keeps its own random numbers
 @torch.no_grad()
 def evaluate(agent, args):
     """Plays args.eval_episodes games in each environment → scores (N, games)."""
@@ -456,7 +457,7 @@ class AtariGames(gym.vector.VectorWrapper):
     With life_loss_info, ale-py reports a lost life as a termination, and the game goes on.
     Many games then wait for FIRE, which the policy might never press. So where there is
     this button, it replaces the action after a lost life. (When a game starts, ale-py
-    presses it.)
+    presses it. Without life_loss_info, nobody else does.)
 
     info["valid"] (N,): the action was the policy's. info["new_game"] (N,): the step ignored
     its action and began a new game. done does not tell, as it includes lost lives; the
