@@ -164,11 +164,11 @@ class Copy(gym.Env):
 
 
 class OneNumber(gym.ActionWrapper):
-    """Takes a number instead of two actions: 0 where it is negative, else 1."""
+    """Takes a number of ±2 instead of two actions: 0 where it is negative, else 1."""
 
     def __init__(self, env):
         super().__init__(env)
-        self.action_space = gym.spaces.Box(-1, 1, (1,))
+        self.action_space = gym.spaces.Box(-2, 2, (1,))
 
     def action(self, number):
         return int(number[0] >= 0)

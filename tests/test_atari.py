@@ -212,14 +212,21 @@ def test_training_logs_whole_games_and_learns_from_signs(tmp_path, record):
 
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [("off", 1e-5), ("on", 0.02)])
-def test_real_games_repeat_and_begin_with_ratio_one(tmp_path, record, bf16, tolerance):
+def test_training_on_a_real_game(tmp_path, record, unshuffled, bf16, tolerance):
+    """It repeats, begins with ratio 1, and drops the rows of FIRE."""
     losses, features = record(ppo, "ppo_loss"), record(ppo.Agent, "features")
+    gaes = record(ppo, "compute_gae")
     flags = {"env_id": "Breakout", "bf16": bf16, "learning_rate": 1e-3}
+    flags |= {"num_steps": 64, "total_timesteps": 256}
     first, second = (outcome(train(ppo, tmp_path, **flags)) for _ in range(2))
     deviations = [logged["max_ratio_dev"].item() for _, (_, logged) in losses]
     assert max(deviations[::4]) < tolerance < max(deviations)
-    assert first == second and len(first[0]) == 4
+    assert first == second and len(first[0]) == 2
     assert {agent.bf16 for (agent, _), _ in features} == {bf16 == "on"}
+    (_, _, _, done, *_), advantages = gaes[0]
+    valid = ~after(done.numpy())  # no game ends so early, but lives are lost
+    rows = torch.cat([batch["advantages"] for (_, batch, _), _ in losses[:2]])
+    assert valid.sum() < 128 and torch.equal(rows[: valid.sum()], advantages[valid])
 
 
 # Films

@@ -98,7 +98,6 @@ def test_flags_that_do_not_fit_together(script, refused, monkeypatch):
 
 # Environments and the place of the runs
 
-
 KINDS = "MultiDiscrete-v0 FromOne-v0 SameStep-v0 Sequence-v0 Graph-v0 Pendulum-v1"
 BOXES = "MultiDiscrete-v0 Integers-v0 Empty-v0 SameStepBox-v0 SequenceBox-v0 GraphBox-v0"
 MISSPELT = "CartPol-v1 CartPole-v99 environments:Stubb-v0 nomodule:Env-v0"

@@ -56,6 +56,7 @@ def test_rows_that_only_reset_are_dropped(script, tmp_path, record, unshuffled):
     losses, gaes = record(script, "ppo_loss"), record(script, "compute_gae")
     flags = {"num_envs": 1, "num_steps": 8, "num_minibatches": 1, "update_epochs": 1}
     flags |= {"total_timesteps": 40, "gamma": 0.9, "gae_lambda": 0.8}
+    flags["learning_rate"] = 0.0  # so that a state keeps its value
     if script is ppo_atari:
         flags["clip_rewards"] = False
     run_dir = train(script, tmp_path, "Ring", **flags, **normalisation(script, False))
@@ -72,6 +73,8 @@ def test_rows_that_only_reset_are_dropped(script, tmp_path, record, unshuffled):
     returns = advantages + values
     explained = column(run_dir, "explained_variance")
     for rollout, ((_, batch, _), _) in enumerate(losses):
+        states = torch.arange(8 * rollout, 8 * rollout + 9) % 5 % 3  # and the last one
+        torch.testing.assert_close(gaes[rollout][0][1][:, 0], values[states])
         rows = row[8 * rollout :][:8]
         rows = rows[valid[rows]]
         unexplained = (advantages[rows].var() / returns[rows].var()).item()
@@ -253,12 +256,14 @@ def test_gradients_are_clipped(script, tmp_path, monkeypatch, max_grad_norm):
 
 def test_target_kl_stops_after_the_epoch_that_exceeds_it(script, tmp_path, record):
     losses = record(script, "ppo_loss")
-    flags = {"total_timesteps": STEPS, "update_epochs": 5, "learning_rate": 1e-2}
+    flags = {"total_timesteps": STEPS, "update_epochs": 5, "learning_rate": 1e-3}
     train(script, tmp_path, **flags)
     assert [len(batch["actions"]) for (_, batch, _), _ in losses] == [16] * 2 * 5
     kl = np.array([logged["approx_kl"].item() for _, (_, logged) in losses])
     kl = kl.reshape(5, 2).mean(1)  # of each epoch
-    for limit in (kl[0] * 0.99, kl[0] * 1.01, kl.max() * 1.01):
+    between = kl[:2] @ [0.25, 0.75]  # more than the mean of two epochs
+    assert kl[0] < between < kl[1]
+    for limit in (kl[0] * 0.99, kl[0] * 1.01, between, kl.max() * 1.01):
         epochs = next((i for i, value in enumerate(kl, 1) if value > limit), 5)
         losses.clear()
         train(script, tmp_path, **flags, target_kl=limit)
