@@ -240,7 +240,7 @@ class Agent(nn.Module):
         self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
 
         # Separate networks: the value loss has no gradient for the policy's weights. So
-        # vf_coef hardly matters; it sets the critic's share in the norm that is clipped.
+        # vf_coef hardly matters: Adam divides the critic's gradient by its usual size.
         # The gain of 0.01 makes all actions almost equally probable at first.
         actions = int(envs.single_action_space.n)
         self.actor = mlp(inputs, 64, actions, output_gain=0.01)
@@ -352,7 +352,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             drift = log_probs - ref_log_probs  # on average KL(π, π_ref)
             r = r - args.kl_coef * drift * valid
         if args.norm_reward:
-            # Each reward is scaled only once, unlike x, so the statistics may change first.
+            # Each reward is scaled once, while x comes again in all epochs. So these
+            # statistics may change before, those of x only after the update.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
@@ -527,7 +528,7 @@ class Run:
             self.episodes_file = self.opened.enter_context(
                 open(self.directory / "episodes.csv", "a", newline="")
             )
-            self.save(self.iteration, agent, optimizer)
+            self.save(self.iteration, agent, optimizer)  # shows early that this works
         except OSError as error:
             raise UsageError(f"cannot write the run: {error}") from error
 

@@ -26,8 +26,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-# Before torch is imported: how often its idle threads look for work before they sleep, and
-# leave the CPU to the games' threads.
+# Before torch is imported: its idle threads look for work less often than by default before
+# they sleep, and leave the CPU to the games' threads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -570,7 +570,7 @@ class Run:
             self.episodes_file = self.opened.enter_context(
                 open(self.directory / "episodes.csv", "a", newline="")
             )
-            self.save(self.iteration, agent, optimizer)
+            self.save(self.iteration, agent, optimizer)  # shows early that this works
         except OSError as error:
             raise UsageError(f"cannot write the run: {error}") from error
 

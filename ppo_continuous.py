@@ -242,7 +242,7 @@ class Agent(nn.Module):
         self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
 
         # Separate networks: the value loss has no gradient for the policy's weights. So
-        # vf_coef hardly matters; it sets the critic's share in the norm that is clipped.
+        # vf_coef hardly matters: Adam divides the critic's gradient by its usual size.
         # The gain of 0.01 puts the means of all actions near 0 at first.
         space = envs.single_action_space
         actions = math.prod(space.shape)
@@ -367,7 +367,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
         r = to_tensor(rewards).float()
         if args.norm_reward:
-            # Each reward is scaled only once, unlike x, so the statistics may change first.
+            # Each reward is scaled once, while x comes again in all epochs. So these
+            # statistics may change before, those of x only after the update.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
@@ -551,7 +552,7 @@ class Run:
             self.episodes_file = self.opened.enter_context(
                 open(self.directory / "episodes.csv", "a", newline="")
             )
-            self.save(self.iteration, agent, optimizer)
+            self.save(self.iteration, agent, optimizer)  # shows early that this works
         except OSError as error:
             raise UsageError(f"cannot write the run: {error}") from error
 
