@@ -10,10 +10,13 @@ actions with the right ones, which stand there with the arithmetic. An adapter i
         ...  # train; if possible, save and load what was trained
         return value_function, action_function
 
-Both take observations (B, D), an array. The first returns their values (B,), in units of
+Both take observations (B, D), an array, and return arrays, not tensors with a gradient.
+The first returns their values (B,), in units of
 the environment's reward, the second the best action for each, as the environment gets it.
 None takes the place of one that the implementation does not have; an adapter may raise
-NotImplementedError for a kind of actions. adapters.py has examples.
+NotImplementedError for a kind of actions or for an environment, as for Scale without
+normalisation. adapters.py has examples; short rollouts and a learning rate of 1e-3 suit
+the probes. If it is slow: OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -59,7 +62,8 @@ PROBES = {
         "value",
         {0: 4, 1: 2},
         0.1,
-        "a future counts after termination (about 4 in state 1), or done is off by a step",
+        "a future counts after termination (about 4 in state 1), or done is off by a step, "
+        "or gamma is not passed on",
     ),
     "limit": Probe(
         "Limit",
@@ -82,7 +86,8 @@ PROBES = {
         "value",
         {0: 2, 1: 4, 2: 1},
         0.1,
-        "at a time limit V(s_t) or that of the next episode counts in place of V(s_t+1)",
+        "at a time limit V(s_t) or that of the next episode counts in place of V(s_t+1); "
+        "or see the probes before",
     ),
     "rollout end": Probe(
         "Endless",
