@@ -51,7 +51,7 @@ def test_every_relative_link_leads_somewhere(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_line_begins_with_a_comment_and_goes_on(path):
-    """GitHub shows the rest of such a line as it stands, without Markdown or mathematics."""
+    """GitHub shows the rest of such a line as it stands, without Markdown."""
     assert re.findall(r"^ *<!--.*-->.*[^\s>].*$", path.read_text(), re.M) == []
 
 
