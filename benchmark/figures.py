@@ -58,7 +58,8 @@ def learning(tasks):
         axis.axhline(training, color="C1", linestyle="--", label="best published: training")
         others = max((mean for mean in others if np.isfinite(mean)), default=np.nan)
         axis.axhline(others, color="C1", linestyle=":", label="best published: evaluation")
-        axis.set(title=task, xlabel="million steps")
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("million steps")
     legend(figure, axes, 3)
     return figure
 

@@ -95,11 +95,11 @@ class Ring(Probe):
 
 
 class Endless(Probe):
-    """One state without end that pays 1. γ = 0.9: V = 1 + 0.9 V = 10. A loop that counts no
-    future after the last step of a rollout learns less."""
+    """One state without end that pays 0.2. γ = 0.9: V = 0.2 + 0.9 V = 2. A loop that counts
+    no future after the last step of a rollout learns less."""
 
     def step(self, action):
-        return self.observe(), 1.0, False, False, {}
+        return self.observe(), 0.2, False, False, {}
 
 
 class Reset(Probe):

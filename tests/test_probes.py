@@ -57,7 +57,9 @@ def pretend(wrong, env_id, gamma, num_envs, steps, seed, continuous):
 def test_what_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(adapters, "pretend", functools.partial(pretend, "limit"), False)
     monkeypatch.setattr("sys.argv", ["probes.py", "adapters:pretend", "--seeds", "2"])
-    main()
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [line.split()[:2] for line in lines if "FAIL" in line]
     assert failed.count(["limit", "discrete"]) == failed.count(["limit", "continuous"]) == 2

@@ -13,7 +13,8 @@ import ppo_atari
 import ppo_continuous
 
 README = (ROOT / "README.md").read_text()
-FILES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", ROOT / "tests" / "README.md"]
+FILES = "README.md benchmark/README.md benchmark/claims.md tests/README.md".split()
+FILES = [ROOT / name for name in FILES]
 
 # Each label marks the same equation in a script and in the README.
 LABELS = "ratio clip vf vf-clip entropy total td gae return norm valid lr k1 k3 clipfrac "
@@ -46,6 +47,12 @@ def test_every_relative_link_leads_somewhere(path):
         elif lines := re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor):
             last = max(int(line) for line in lines.groups() if line)
             assert last <= len(target.read_text().splitlines()), link
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_begins_with_a_comment_and_goes_on(path):
+    """GitHub shows the rest of such a line as it stands, without Markdown."""
+    assert re.findall(r"^ *<!--.*-->.*[^\s>].*$", path.read_text(), re.M) == []
 
 
 def test_every_flag_that_the_readme_names_exists():
