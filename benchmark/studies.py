@@ -93,7 +93,8 @@ CANDIDATES = [  # beside the default flags: task, name, Arm
     ("Acrobot-v1", "rl-zoo3-10-epochs", Arm(f"{ACROBOT_FLAGS} --update-epochs 10")),
 ]
 CHOSEN = {SWIMMER: "rl-zoo3", "InvertedDoublePendulum-v5": "short-episodes"}
-CHOSEN |= {"Pendulum-v1": "rl-zoo3", "BipedalWalker-v3": "default"}  # Acrobot's is to come
+CHOSEN |= {"Pendulum-v1": "rl-zoo3", "BipedalWalker-v3": "default"}
+CHOSEN |= {"Acrobot-v1": "rl-zoo3-10-epochs"}
 DEFAULT = {"default": Arm()}
 TUNED = [Block(TUNED_TASKS, DEFAULT, range(1, 6)), Block(WALKER, DEFAULT, range(6, 11))]
 RESULTS = [Block(DISCRETE | MUJOCO | WALKER, DEFAULT, range(21, 31))]
