@@ -11,6 +11,8 @@ from results import ROOT, load
 from studies import CHEETAH
 from tables import CI, curve, final_runs, number, rounds_of_speed
 
+SECOND = ", second round"
+
 
 def percent(x):
     text = f"{100 * x:+.0f}"
@@ -35,7 +37,7 @@ def effects(claim):
     for label, tasks in claims.comparisons(claim).items():
         scores, missing = claims.second_scores(claim, label)
         if scores and any(predicted for *_, predicted in tasks.values()):
-            row = [f"{label}, second round", f"missing runs: {missing}", "", ""]
+            row = [f"{label}{SECOND}", f"missing runs: {missing}", "", ""]
             if not missing:
                 found = paired_effects(scores, claims.random_returns())
                 row[1:] = ["", each_task(found), interval(*found["all"])]
@@ -85,6 +87,10 @@ def verdicts():
 
 # ---------- Numbers in the prose ----------
 def effect(claim, label, task="all"):
+    """An effect that `effects` shows, by the comparison's name there."""
+    if label.endswith(SECOND):
+        scores, _ = claims.second_scores(claim, label.removesuffix(SECOND))
+        return interval(*paired_effects(scores, claims.random_returns())[task])
     return interval(*claims.first_effects(claim)[label][task])
 
 

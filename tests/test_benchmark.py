@@ -198,12 +198,14 @@ def test_verdicts_of_the_first_round():
 
 
 def made_up_claim(stored, effects, last=80):
-    """Runs of claim 3 in which its arm changes what is learned by effects."""
+    """Runs of claim 3 in which its arm changes what is learned by effects, in the first
+    round by half of that."""
     shutil.copy(ROOT / "benchmark/results/random.csv", stored)
-    for study, seeds in (("claims", range(1, 21)), ("claims-2", range(21, last + 1))):
+    fresh = range(21, last + 1)
+    for study, seeds, share in (("claims", range(1, 21), 0.5), ("claims-2", fresh, 1)):
         scores = {}
         for task, effect in zip((CHEETAH, LUNAR), effects):
-            change = effect * (110 - claims.random_returns()[task])
+            change = share * effect * (110 - claims.random_returns()[task])
             scores[task, "base"] = {seed: 110 + np.sin(seed) for seed in seeds}
             arm = {seed: 110 + np.sin(seed) + change for seed in seeds}
             scores[task, "no-norm-adv"] = arm
@@ -223,6 +225,11 @@ def made_up_claim(stored, effects, last=80):
 def test_verdicts_of_the_second_round(stored, effects, expected):
     made_up_claim(stored, effects)
     assert findings.verdict("norm-adv") == expected
+    comparison = "advantages not normalised"
+    first = findings.effect("norm-adv", comparison, CHEETAH)
+    second = findings.effect("norm-adv", f"{comparison}, second round", CHEETAH)
+    assert first.startswith(findings.percent(effects[0] / 2))
+    assert second.startswith(findings.percent(effects[0]))
 
 
 def test_the_second_round_decides_when_it_is_complete(stored):
