@@ -80,10 +80,11 @@ def fresh_seeds(task, *arms):
 
 
 @cache
-def second_scores(claim, label):
+def second_scores(claim, label, column=None):
     """{task: (arm, base)} by seed, and the number of missing runs; ({}, 0) if there is no
     second round. Tasks without fresh seeds count with those of the first round."""
-    column = "mean_return" if claim in ("epochs", "reset-rows") else "last_quarter"
+    if column is None:
+        column = "mean_return" if claim in ("epochs", "reset-rows") else "last_quarter"
     scores, missing, any_fresh = {}, 0, False
     for task, (*names, _) in comparisons(claim)[label].items():
         fresh = fresh_seeds(task, *names)

@@ -86,10 +86,11 @@ def verdicts():
 
 
 # ---------- Numbers in the prose ----------
-def effect(claim, label, task="all"):
-    """An effect that `effects` shows, by the comparison's name there."""
+def effect(claim, label, task="all", column=None):
+    """An effect that `effects` shows, by the comparison's name there; in the second round
+    also of another column than the one that decides."""
     if label.endswith(SECOND):
-        scores, _ = claims.second_scores(claim, label.removesuffix(SECOND))
+        scores, _ = claims.second_scores(claim, label.removesuffix(SECOND), column)
         return interval(*paired_effects(scores, claims.random_returns())[task])
     return interval(*claims.first_effects(claim)[label][task])
 
