@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import environments
 import gymnasium as gym
 import pytest
+import run as runner
 import torch
 
 import ppo
@@ -60,6 +62,15 @@ def make_agent(script, inputs=4, actions=4, **flags):
         actions = box(actions) if script is ppo_continuous else gym.spaces.Discrete(actions)
     spaces = {"single_observation_space": box(inputs), "single_action_space": actions}
     return script.Agent(SimpleNamespace(**spaces), script.Args(**flags))
+
+
+def load_variation(variation, folder, script="ppo"):
+    """A script with a patch of benchmark/variations/, as a module."""
+    path = runner.patched(f"{script}.py", variation, folder / "patched")
+    spec = importlib.util.spec_from_file_location(script, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def only_run(folder):

@@ -1,7 +1,6 @@
 """benchmark/: what is declared, run, stored; statistics and verdicts; patches; report."""
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import results
 import run as runner
 import studies
 import tables
+from conftest import load_variation, only_run, read
 from studies import CHEETAH, LUNAR, STUDIES, Arm, Block, Run, Study
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_a_finished_run_is_a_row_with_curves(stored, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_is_continued(stored, tmp_path, monkeypatch):
-    flags = f"{SIZES} --total-timesteps 6400 --save-every 20"
+    flags = f"{SIZES} --total-timesteps 3200 --save-every 10"
     folder = tmp_path / f"work/study/{POLE}--a-1/runs"
     command = [sys.executable, ROOT / "benchmark/train.py", ROOT / "ppo.py", "10", "0"]
     command += [*f"--env-id {POLE} --seed 1 {flags}".split(), "--runs-dir", folder]
@@ -154,18 +154,25 @@ def test_an_interrupted_run_is_continued(stored, tmp_path, monkeypatch):
     process.wait()
     (run_dir,) = folder.glob("*/")
     rows = execute({POLE: f"ppo.py {flags}"}, tmp_path, monkeypatch, "--resume")
-    assert rows.steps.tolist() == [6400] and not run_dir.exists()  # it went on there
+    assert rows.steps.tolist() == [3200] and not run_dir.exists()  # it went on there
     assert len(results.load_curves("study")[POLE, "a", 1, "evaluations"]) == 10
 
 
 def test_a_failed_run_does_not_stop_the_others(stored, tmp_path, monkeypatch, capsys):
-    tasks = {"NoSuch-v0": "ppo.py", POLE: f"ppo.py {SIZES} --total-timesteps 9600"}
+    tasks = {"NoSuch-v0": "ppo.py", POLE: f"ppo.py {SIZES} --total-timesteps 640"}
     with pytest.raises(SystemExit, match="failed: NoSuch-v0--a-1"):
         execute(tasks, tmp_path, monkeypatch)
     assert "NoSuch" in capsys.readouterr().out
     assert execute(tasks, tmp_path, monkeypatch, "--dry-run").task.tolist() == [POLE]
     expected = "python benchmark/run.py study --jobs 1 --resume --only 'NoSuch-v0--a-1'\n"
     assert capsys.readouterr().out == expected
+
+
+def test_a_random_policy_plays_many_steps(stored):
+    """Each episode of Ring has 4 steps and pays 1, 2, 3, 1."""
+    runner.play_randomly("Ring-v0")
+    (row,) = read(stored / "random.csv")
+    assert row == {"task": "Ring-v0", "episodes": "5000", "mean": "7.0"}
 
 
 # ---------- Statistics and verdicts ----------
@@ -264,23 +271,19 @@ def test_candidates_for_the_defaults_are_compared_seed_by_seed(stored):
 
 # ---------- Patches and report ----------
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: path.stem)
-def test_a_patch_applies_and_trains(patch, tmp_path):
-    variation, script, _ = patch.name.split(".")
+def test_a_patch_applies_and_trains(patch, tmp_path, call):
+    variation, name, _ = patch.name.split(".")
     subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
-    copy = runner.patched(f"{script}.py", variation, tmp_path)
-    flags = f"--total-timesteps 96 {SIZES} --runs-dir {tmp_path / 'runs'} --env-id "
-    flags += TASKS.get(variation, POLE if script == "ppo" else "Pendulum-v1")
-    command, variables = [sys.executable, copy, *flags.split()], dict(os.environ)
-    variables["PYTHONPATH"] = str(ROOT / "tests")
-    subprocess.run(command, check=True, capture_output=True, env=variables)
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert len((run_dir / "metrics.csv").read_text().splitlines()) == 4
+    script = load_variation(variation, tmp_path, name)
+    task = TASKS.get(variation, POLE if name == "ppo" else "Pendulum-v1")
+    flags = f"--env-id {task} --total-timesteps 96 {SIZES}"
+    assert call(script, *flags.split())[0] == 0
+    assert len(read(only_run(tmp_path / "runs") / "metrics.csv")) == 3
 
 
-def test_texts_and_figures_are_those_of_the_results():
-    command = [sys.executable, ROOT / "benchmark" / "report.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_texts_and_figures_are_those_of_the_results(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    report.main()  # exits with what is out of date
 
 
 def test_a_changed_number_and_a_changed_figure_are_detected():

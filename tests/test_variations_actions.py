@@ -1,16 +1,14 @@
 """The patches of ppo.py in benchmark/variations/ for action masks, actions of several
 components, and pictures."""
 
-import importlib.util
 from itertools import product
 from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import run as runner
 import torch
-from conftest import column, make_args, train
+from conftest import column, load_variation, make_args, train
 
 import ppo
 
@@ -18,14 +16,6 @@ BOX = gym.spaces.Box(-1, 1, (2,))
 # Quick on the small tasks below, where an action changes no later reward.
 FLAGS = {"num_envs": 8, "num_steps": 32, "num_minibatches": 4, "update_epochs": 4}
 FLAGS |= {"learning_rate": 2e-3, "gamma": 0.5, "total_timesteps": 8 * 32 * 30}
-
-
-def variation(name, folder):
-    path = runner.patched("ppo.py", name, folder / "script")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make_agent(script, actions):
@@ -48,7 +38,7 @@ def scores(script, run_dir, name, **flags):
 
 # ---------- Action masks ----------
 def test_an_impossible_action_has_no_part_in_probabilities_and_gradients(tmp_path):
-    agent = make_agent(variation("action_masks", tmp_path), gym.spaces.Discrete(5))
+    agent = make_agent(load_variation("action_masks", tmp_path), gym.spaces.Discrete(5))
     x, possible = torch.randn(200, 2), [1, 3]
     masks = torch.zeros(200, 5, dtype=torch.bool)
     masks[:, possible] = True
@@ -68,7 +58,8 @@ def test_an_impossible_action_has_no_part_in_probabilities_and_gradients(tmp_pat
 
 
 def test_training_with_masks_takes_no_impossible_action_and_is_faster(tmp_path):
-    script, flags = variation("action_masks", tmp_path), FLAGS | {"total_timesteps": 1280}
+    script = load_variation("action_masks", tmp_path)
+    flags = FLAGS | {"total_timesteps": 1280}
     run_dir = train(script, tmp_path / "masked", "LocksStrict", **flags)
     assert min(scores(script, run_dir, "LocksStrict")) > 9
     assert max(column(run_dir, "entropy")) < np.log(2)  # of two actions
@@ -77,7 +68,7 @@ def test_training_with_masks_takes_no_impossible_action_and_is_faster(tmp_path):
 
 
 def test_masks_come_to_the_rows_where_they_were_used(tmp_path):
-    script, once = variation("action_masks", tmp_path), {"num_minibatches": 1}
+    script, once = load_variation("action_masks", tmp_path), {"num_minibatches": 1}
     once |= {"update_epochs": 1}  # then the ratio is 1 everywhere
     run_dir = train(script, tmp_path / "runs", "LocksStrict", **FLAGS | once)
     assert max(column(run_dir, "max_ratio_dev")) < 1e-5
@@ -88,7 +79,7 @@ def test_masks_come_to_the_rows_where_they_were_used(tmp_path):
 # ---------- Actions of several components ----------
 def test_components_are_those_of_the_joint_distribution(tmp_path):
     space = gym.spaces.MultiDiscrete([2, 3, 2])
-    agent = make_agent(variation("multi_discrete", tmp_path), space)
+    agent = make_agent(load_variation("multi_discrete", tmp_path), space)
     x = torch.randn(1, 2).expand(12, 2)
     first, second, third = (z.softmax(-1) for z in agent.actor(x[0]).split([2, 3, 2]))
     joint = torch.einsum("a,b,c->abc", first, second, third).flatten()
@@ -104,13 +95,13 @@ def test_components_are_those_of_the_joint_distribution(tmp_path):
 
 @pytest.mark.parametrize("name", ["Pair", "Bits", "Square", "Four"])
 def test_each_component_is_learned(name, tmp_path):
-    script = variation("multi_discrete", tmp_path)
+    script = load_variation("multi_discrete", tmp_path)
     run_dir = train(script, tmp_path / "runs", name, **FLAGS)
     assert min(scores(script, run_dir, name)) > 9.5
 
 
 def test_other_spaces_are_refused(tmp_path):
-    script = variation("multi_discrete", tmp_path)
+    script = load_variation("multi_discrete", tmp_path)
     for name in ("StubBox", "FromOne", "MultiFromOne"):
         with pytest.raises(script.UsageError, match="needs discrete actions from 0"):
             train(script, tmp_path / "runs", name)
@@ -118,7 +109,7 @@ def test_other_spaces_are_refused(tmp_path):
 
 # ---------- Pictures ----------
 def test_pictures_and_colours_become_channels_between_0_and_1(tmp_path):
-    script, seen = variation("images", tmp_path), []
+    script, seen = load_variation("images", tmp_path), []
     network = script.CNN((2, 12, 10, 3), 5, output_gain=1.0)
     network.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.extend(inputs))
     x = torch.randint(256, (4, 3, 2, 12, 10, 3), dtype=torch.uint8)
@@ -133,7 +124,7 @@ def test_pictures_and_colours_become_channels_between_0_and_1(tmp_path):
     [("Drift", 1, 4, 6.5), ("Drift", 2, 8.5, 9.7), ("DriftColour", 2, 8.5, 9.7)],
 )
 def test_only_stacked_pictures_show_motion(name, stack, low, high, tmp_path, record):
-    script = variation("images", tmp_path)
+    script = load_variation("images", tmp_path)
     batches = record(script, "ppo_loss")
     run_dir = train(script, tmp_path / "runs", name, stack=stack, **FLAGS)
     assert batches[0][0][1]["x"].dtype == torch.uint8

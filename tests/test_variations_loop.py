@@ -1,16 +1,13 @@
 """Patches of loss and loop: a dual clip, early stopping, resets within a step, a memory."""
 
-import importlib
-import sys
 from types import SimpleNamespace
 
 import conftest
 import gymnasium as gym
 import numpy as np
 import pytest
-import run as runner
 import torch
-from conftest import STEPS, column, make_args, outcome, train
+from conftest import STEPS, column, load_variation, make_args, outcome, train
 from torch.testing import assert_close
 
 import ppo
@@ -39,10 +36,7 @@ gym.register("Cue-v0", Cue)
 def script(request, tmp_path, monkeypatch):
     """A patched script, under the name of the script."""
     variation, name = request.param.split(".")
-    runner.patched(f"{name}.py", variation, tmp_path / "patched")
-    monkeypatch.syspath_prepend(tmp_path / "patched")
-    monkeypatch.delitem(sys.modules, name)
-    module = importlib.import_module(name)
+    module = load_variation(variation, tmp_path, name)
     if hasattr(module.Args, "target_kl"):  # as make_args expects
         monkeypatch.setattr(conftest, name, module)
     return module
