@@ -69,7 +69,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
     compile: bool = False  # torch.compile: faster after a minute of compilation
     runs_dir: str = "runs"  # holds the run directories
-    save_every: int | None = None  # iterations between checkpoints; None: 20 in a run
+    save_every: int | None = None  # iterations between checkpoints; None: about 20 in a run
     resume: str | None = None  # continue the run in this directory, with its own flags
     track: bool = False  # log to Weights & Biases, offline if not logged in
     evaluate: str | None = None  # play the agent of this run directory
@@ -162,7 +162,7 @@ def ppo_loss(agent, batch, args):
 
 
 def compute_gradient(agent, batch, args):
-    """Adds the gradient of the loss to .grad, shortened to max_grad_norm → metrics."""
+    """Computes the gradient of the loss, shortened to max_grad_norm, in .grad → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
     # clip_grad_norm_ returns the norm before clipping.
@@ -239,15 +239,16 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(inputs)
         self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
 
-        # Separate networks: the value loss has no gradient for the policy's weights. So
-        # vf_coef hardly matters: Adam divides the critic's gradient by its usual size.
+        # Separate networks: the value loss has no gradient for the policy's weights. But
+        # max_grad_norm shortens both gradients together, so a large value loss makes the
+        # policy's gradient shorter, too.
         # The gain of 0.01 makes all actions almost equally probable at first.
         actions = int(envs.single_action_space.n)
         self.actor = mlp(inputs, 64, actions, output_gain=0.01)
         self.critic = mlp(inputs, 64, 1, output_gain=1.0)
 
     def normalize(self, obs):
-        """(obs-norm): x = (observation − mean) / √var, clipped to ±10. Both (B, D)."""
+        """(obs-norm): x = (observation − mean) / √var, clipped to ±10. Both (..., D)."""
         if not self.norm_obs:
             return obs
         std = (self.obs_stats.var + 1e-8).sqrt().float()
@@ -346,14 +347,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             if reference is not None:
                 x_ref = reference.normalize(to_tensor(obs[:-1]))
                 ref_log_probs, _ = reference.evaluate_actions(x_ref, to_tensor(actions))
+        if args.norm_obs:  # only now, so that x above is what the policy has seen
+            agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
         r = to_tensor(rewards).float()
         if reference is not None:  # (kl-ref): moving away from the reference costs reward
             drift = log_probs - ref_log_probs  # on average KL(π, π_ref)
             r = r - args.kl_coef * drift * valid
         if args.norm_reward:
-            # Each reward is scaled once, while x comes again in all epochs. So these
-            # statistics may change before, those of x only after the update.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
@@ -393,14 +394,12 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             epoch_kl = np.mean([log["approx_kl"] for log in logs[-args.num_minibatches :]])
             if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
-        if args.norm_obs:  # only now, so that policy and all epochs have seen the same x
-            agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
             "explained_variance": explained,
-            "kl_reference": drift[valid].mean().item() if reference else None,
+            "kl_reference": drift[valid].mean().item() if reference is not None else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
         metrics = run.log(iteration, metrics, rewards, done, reset)  # adds scores

@@ -77,14 +77,14 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     clip_rewards: bool = True  # learn from the sign of rewards; logs show the score
     episodic_life: bool = True  # for learning, a lost life is a termination
     sticky_actions: float = 0.0  # probability that a game repeats the last action
-    max_episode_frames: int = 108_000  # time limit of a game, 30 minutes; a step has 4
+    max_episode_frames: int = 108_000  # time limit of a game: 30 minutes; 4 frames a step
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     bf16: Literal["auto", "on", "off"] = "auto"  # 16-bit networks; auto: if supported
     threads: int | None = None  # CPU threads of torch; None: torch decides
     compile: bool = False  # torch.compile: faster after a minute of compilation
     runs_dir: str = "runs"  # holds the run directories
-    save_every: int | None = None  # iterations between checkpoints; None: 20 in a run
+    save_every: int | None = None  # iterations between checkpoints; None: about 20 in a run
     resume: str | None = None  # continue the run in this directory, with its own flags
     track: bool = False  # log to Weights & Biases, offline if not logged in
     evaluate: str | None = None  # play the agent of this run directory
@@ -178,7 +178,7 @@ def ppo_loss(agent, batch, args):
 
 
 def compute_gradient(agent, batch, args):
-    """Adds the gradient of the loss to .grad → metrics."""
+    """Computes the gradient of the loss in .grad → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
     return logged
@@ -457,7 +457,7 @@ class AtariGames(gym.vector.VectorWrapper):
     With life_loss_info, ale-py reports a lost life as a termination, and the game goes on.
     Many games then wait for FIRE, which the policy might never press. So where there is
     this button, it replaces the action after a lost life. (When a game starts, ale-py
-    presses it. Without life_loss_info, nobody else does.)
+    presses it. With --no-episodic-life, nobody presses it after a lost life.)
 
     info["valid"] (N,): the action was the policy's. info["new_game"] (N,): the step ignored
     its action and began a new game. done does not tell, as it includes lost lives; the

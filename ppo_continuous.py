@@ -71,7 +71,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
     compile: bool = False  # torch.compile: faster after a minute of compilation
     runs_dir: str = "runs"  # holds the run directories
-    save_every: int | None = None  # iterations between checkpoints; None: 20 in a run
+    save_every: int | None = None  # iterations between checkpoints; None: about 20 in a run
     resume: str | None = None  # continue the run in this directory, with its own flags
     track: bool = False  # log to Weights & Biases, offline if not logged in
     evaluate: str | None = None  # play the agent of this run directory
@@ -164,7 +164,7 @@ def ppo_loss(agent, batch, args):
 
 
 def compute_gradient(agent, batch, args):
-    """Adds the gradient of the loss to .grad, shortened to max_grad_norm → metrics."""
+    """Computes the gradient of the loss, shortened to max_grad_norm, in .grad → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
     # clip_grad_norm_ returns the norm before clipping.
@@ -241,15 +241,16 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(inputs)
         self.return_stats = RunningStats()  # of one number, the G of (rew-norm)
 
-        # Separate networks: the value loss has no gradient for the policy's weights. So
-        # vf_coef hardly matters: Adam divides the critic's gradient by its usual size.
+        # Separate networks: the value loss has no gradient for the policy's weights. But
+        # max_grad_norm shortens both gradients together, so a large value loss makes the
+        # policy's gradient shorter, too.
         # The gain of 0.01 puts the means of all actions near 0 at first.
         space = envs.single_action_space
         actions = math.prod(space.shape)
         self.actor = mlp(inputs, 64, actions, output_gain=0.01)
-        # In our benchmark, a critic of 256 units a layer learned more than one of 64.
+        # In our benchmark, 256 units a layer did slightly better than 64, within the noise.
         self.critic = mlp(inputs, 256, 1, output_gain=1.0)
-        # log σ, learned: one for each number of an action, the same in all states.
+        # log σ, learned: one for each component of an action, the same in all states.
         self.log_std = nn.Parameter(torch.full((actions,), float(args.initial_log_std)))
 
         # Where both bounds are finite, [-1, 1] is mapped to [low, high]; elsewhere to
@@ -261,7 +262,7 @@ class Agent(nn.Module):
         self.middle, self.scale = (low + high) / 2, (high - low) / 2
 
     def normalize(self, obs):
-        """(obs-norm): x = (observation − mean) / √var, clipped to ±10. Both (B, D)."""
+        """(obs-norm): x = (observation − mean) / √var, clipped to ±10. Both (..., D)."""
         if not self.norm_obs:
             return obs
         std = (self.obs_stats.var + 1e-8).sqrt().float()
@@ -364,11 +365,11 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             x = agent.normalize(to_tensor(obs))
             values = agent.value(x)
             log_probs, _ = agent.evaluate_actions(x[:-1], to_tensor(actions))
+        if args.norm_obs:  # only now, so that x above is what the policy has seen
+            agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
         r = to_tensor(rewards).float()
         if args.norm_reward:
-            # Each reward is scaled once, while x comes again in all epochs. So these
-            # statistics may change before, those of x only after the update.
             stats = agent.return_stats
             r, reward_sums = scale_rewards(r, valid, stats, args.gamma, reward_sums)
 
@@ -419,8 +420,6 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
             epoch_kl = np.mean([log["approx_kl"] for log in logs[-args.num_minibatches :]])
             if args.target_kl is not None and epoch_kl > args.target_kl:
                 break
-        if args.norm_obs:  # only now, so that policy and all epochs have seen the same x
-            agent.obs_stats.update(to_tensor(obs[:-1])[valid])
 
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
