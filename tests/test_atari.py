@@ -209,6 +209,9 @@ def test_training_logs_whole_games_and_learns_from_signs(tmp_path, record):
     gaes.clear()
     train(ppo, tmp_path, **flags, total_timesteps=256, clip_rewards=False)
     assert rewards().max() >= 10
+    gaes.clear()
+    train(ppo, tmp_path, **flags | {"env_id": "Pong"}, total_timesteps=512)
+    assert set(rewards().tolist()) == {-1, 0}  # the other side scores
 
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [("off", 1e-5), ("on", 0.02)])

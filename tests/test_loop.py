@@ -343,9 +343,13 @@ def test_evaluating_on_the_way_changes_no_metric(script, tmp_path):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_evaluation_plays_whole_episodes_in_each_environment(script, played, greedy):
-    args = make_args(script, num_envs=4, eval_episodes=3, greedy=greedy)
+    flags = {"num_envs": 4, "eval_episodes": 3, "greedy": greedy}
+    args = make_args(script, **flags, **normalisation(script, True))
     torch.manual_seed(1)
     agent = script.Agent(script.make_envs(args), args)
+    if script is not ppo_atari:
+        agent.obs_stats.mean.fill_(0.1)
+        agent.obs_stats.var.fill_(0.01)
     scores = script.evaluate(agent, args)
     obs, actions, rewards, ended = played()
     for n in range(4):  # the first three, also where more were played

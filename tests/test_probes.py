@@ -1,14 +1,13 @@
 """Probes: the right answers, what is printed, and that each mistake is found."""
 
 import functools
-import importlib.util
 import re
 
 import adapters
 import gymnasium as gym
 import numpy as np
 import pytest
-import run as runner
+from conftest import load_variation
 from probes import PROBES, main, run
 
 VALUES = [name for name, probe in PROBES.items() if probe.reads == "value"]
@@ -78,10 +77,7 @@ def test_each_mistake_is_found(name, tmp_path):
     if name == "reset row":
         variation = "reset_rows"  # which a claim needs, too
     script = "ppo_continuous" if name == "bounds" else "ppo"
-    copy = runner.patched(f"{script}.py", variation, tmp_path)
-    spec = importlib.util.spec_from_file_location(f"{variation}_{script}", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    broken = functools.partial(adapters.ours, script=module)
+    patched = load_variation(variation, tmp_path, script)
+    broken = functools.partial(adapters.ours, script=patched)
     assert 0 in [row[4] for row in run(name, broken, 1, name == "bounds")]
     assert {row[4] for row in run(name, adapters.ours, 1, name == "bounds")} == {1}
