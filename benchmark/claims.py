@@ -142,7 +142,8 @@ def judge(claim):
         elif predicts and label in first_effects(claim):
             effects = first_effects(claim)[label]
             if len(predicts) == 1:
-                effects = dict.fromkeys((*predicts, "all"), effects[min(predicts)])
+                (task,) = predicts
+                effects = {task: effects[task], "all": effects[task]}
             verdict = first_verdict(effects)
         else:
             continue

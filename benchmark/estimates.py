@@ -5,7 +5,8 @@ from scipy import stats
 
 
 def iqm(scores, axis=-1):
-    """The interquartile mean: the mean of the middle half (Agarwal et al. 2021)."""
+    """The interquartile mean: without the lowest and the highest quarter of the
+    seeds, rounded down (Agarwal et al. 2021)."""
     return stats.trim_mean(scores, 0.25, axis=axis)
 
 

@@ -65,7 +65,7 @@ def verdict(claim):
     for label, (found, (word, tasks, bound), holds) in claims.judge(claim).items():
         if holds is not None:
             word = "holds" if holds else "does not hold"
-            if 0 < len(tasks) < max(len(found) - 1, 2):
+            if 0 < len(tasks) < len(found) - 1 or len(tasks) == 1:
                 word += f" on {', '.join(tasks)}"
         elif word == "not settled":
             word += f" (±\u00a0{100 * bound:.0f}\u00a0%)"

@@ -61,11 +61,12 @@ def append(name, columns, rows):
         writer.writerows(rows if file.tell() else [columns, *rows])
 
 
-def made_by(script):
-    """The commit that last changed the script, + if it was changed since; versions; CPU."""
+def made_by(*files):
+    """The commit that last changed one of the files, the script and a patch, + if they were
+    changed since; versions; CPU."""
     git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True)
-    commit = git("log", "-1", "--format=%h", "--", script).stdout.decode().strip()
-    changed = git("diff", "--quiet", "HEAD", "--", script).returncode == 1
+    commit = git("log", "-1", "--format=%h", "--", *files).stdout.decode().strip()
+    changed = git("diff", "--quiet", "HEAD", "--", *files).returncode == 1
     versions = [platform.python_version(), version("torch"), version("gymnasium")]
     return [commit + ("+" if changed else ""), *versions, cpu()]
 

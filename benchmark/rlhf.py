@@ -76,15 +76,18 @@ def train(flags):
 def main():
     table = results.read("rlhf.csv", COLUMNS)
     done = set(zip(table.beta.astype(str), table.seed))
+    todo = [("reference", 1), *product(BETAS, range(1, 6))]
+    todo = [(beta, seed) for beta, seed in todo if (str(beta), seed) not in done]
+    if not todo:
+        return
     reference = train("--env-id LunarLander-v3 --seed 1")
     task = f"--env-id ProxyLander-v0 --reference {reference}"
-    for beta, seed in [("reference", 1), *product(BETAS, range(1, 6))]:
-        if (str(beta), seed) not in done:
-            run_dir = reference
-            if beta != "reference":
-                run_dir = train(f"{task} --kl-coef {beta} --seed {seed}")
-            row = [beta, seed, *results.made_by("ppo.py"), *measure(run_dir, reference)]
-            results.append("rlhf.csv", COLUMNS, [row])
+    for beta, seed in todo:
+        run_dir = reference
+        if beta != "reference":
+            run_dir = train(f"{task} --kl-coef {beta} --seed {seed}")
+        row = [beta, seed, *results.made_by("ppo.py"), *measure(run_dir, reference)]
+        results.append("rlhf.csv", COLUMNS, [row])
 
 
 if __name__ == "__main__":

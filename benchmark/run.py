@@ -9,7 +9,8 @@
 
 A run trains in --work, with the patch of its variation applied to a copy of the script. Its
 curves are appended to results/STUDY.curves.csv, its row to results/STUDY.csv; its
-directory is deleted. Delete a row to make a run again. Afterwards: benchmark/report.py.
+directory is deleted. Delete a row to make a run again. Only one process a study may run.
+Afterwards: benchmark/report.py.
 """
 
 import argparse
@@ -45,11 +46,15 @@ def missing(study):
     return [run for run in runs(study) if (run.task, run.arm, run.seed) not in done]
 
 
+def patch_of(script, variation):
+    return HERE / "variations" / f"{variation}.{Path(script).stem}.patch"
+
+
 def patched(script, variation, folder):
     """The script, or a copy in folder with the patch of the variation."""
     if not variation:
         return ROOT / script
-    patch = HERE / "variations" / f"{variation}.{Path(script).stem}.patch"
+    patch = patch_of(script, variation)
     folder.mkdir(parents=True, exist_ok=True)
     command = ["patch", "--fuzz=0", "-o", folder / script, ROOT / script, patch]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -117,7 +122,10 @@ def rows_of(run, run_dir, made_by):
 def execute(run, args):
     """Trains, appends, cleans up; one that fails does not stop the others."""
     try:
-        made_by = results.made_by(run.script)  # now: the script may change meanwhile
+        files = [run.script]
+        if run.variation:
+            files.append(patch_of(run.script, run.variation))
+        made_by = results.made_by(*files)  # now: they may change meanwhile
         run_dir = train(run, args.work.resolve(), args.threads, args.resume)
         row, curves = rows_of(run, run_dir, made_by)
         results.append(f"{run.study}.curves.csv", results.CURVE_COLUMNS, curves)

@@ -55,7 +55,8 @@ def final_runs(task, arm="default"):
     """The runs that count for a task with default or tuned flags: those of the study
     "results", once it has five, else older ones."""
     found, chosen = select(task, arm, "results"), CHOSEN.get(task)
-    found = found.iloc[: 0 if len(found) < 5 else None]
+    if len(found) < 5:
+        found = found.head(0)
     if found.empty and arm == "default":
         found = select(task, arm, "ppo", "continuous", "atari")
     if found.empty and chosen and (chosen == "default") == (arm == "default"):
@@ -170,15 +171,15 @@ def arms(study, column="score"):
 
 
 def defaults():
-    """Candidates over today's default, seed by seed, averaged over tasks."""
+    """Candidates over the default, seed by seed: geometric means over tasks and seeds."""
     rows, keys = [], {"index": "seed", "columns": ["arm", "task"], "values": "score"}
     table = load("defaults").pivot(**keys)
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):
-        ratios = (table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
-        if len(ratios) > 1:
-            low, high = stats.ttest_1samp(ratios, 1).confidence_interval()
-            ratio = f"**{ratios.mean():.3f}** [{low:.3f}, {high:.3f}]"
-            rows.append([arm, len(ratios), ratio])
+        logs = np.log(table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
+        if len(logs) > 1:
+            interval = stats.ttest_1samp(logs, 0).confidence_interval()
+            ratio, low, high = np.exp([logs.mean(), *interval])
+            rows.append([arm, len(logs), f"**{ratio:.3f}** [{low:.3f}, {high:.3f}]"])
     return pd.DataFrame(rows, columns=["candidate", "seeds", f"ratio to the default {CI}"])
 
 
@@ -218,7 +219,7 @@ def rounds_of_speed(script):
     table, found = load("speed"), {}
     for machine, turns in table[table.script == script].groupby(["cpu", "cores", "torch"]):
         turns = turns[turns.date == turns.date.max()]
-        wide = turns.pivot(index="round", columns="program", values="steps_per_second")
+        wide = turns.pivot_table("steps_per_second", "round", "program", aggfunc="last")
         name = "{}, {} cores, torch {}, {}".format(*machine, turns.date.max())
         found[name] = wide[turns.program.unique()]
     return found
@@ -230,7 +231,7 @@ def speed(script):
     for machine, rounds in rounds_of_speed(script).items():
         table = pd.DataFrame({"steps per second": rounds.median().map("{:,.0f}".format)})
         table.insert(0, "machine", machine)
-        other = rounds.columns.str.contains("num-envs|own defaults")  # not the same flags
+        other = rounds.columns.str.contains("num-envs")  # not the same flags
         for peer in rounds.columns.intersection(["stable-baselines3", "CleanRL", "SBX"]):
             ratios = rounds.loc[:, ~other].drop(columns=peer).div(rounds[peer], axis=0)
             text = lambda x: f"**{x.median():.2f}** ({x.min():.2f}–{x.max():.2f})"
