@@ -299,8 +299,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     reference = load_reference(args, agent)  # and copies it into agent; or None
-    # Adam divides each gradient by its usual size + eps. So even tiny ones, mere noise,
-    # move their weight by about the learning rate, unless eps is above the usual 1e-8.
+    # Adam divides each gradient by its usual size + eps. With the usual eps of 1e-8, even
+    # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
         agent.parameters(), args.learning_rate, eps=1e-5, fused=True
@@ -675,7 +675,8 @@ def set_up_torch(args):
 
 def compiled(function):
     """torch.compile of a function as one graph, even if it calls backward; on a GPU, the
-    whole graph is then started by one call (CUDA graphs)."""
+    whole graph is then started by one call (CUDA graphs), which overwrites the results of
+    the call before."""
     torch._dynamo.config.trace_autograd_ops = True  # else backward() splits the graph
     return torch.compile(function, mode="reduce-overhead")
 

@@ -26,8 +26,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-# Before torch is imported: its idle threads look for work less often than by default before
-# they sleep, and leave the CPU to the games' threads.
+# Set before torch is imported: its idle threads then soon stop looking for work, and leave
+# the CPU to the games' threads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import ale_py
@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).name
 
-# torchrun starts several processes and sets these variables. Each process plays games of
-# its own, their gradients are averaged, and process 0 keeps the logs. Without torchrun
-# there is only process 0.
+# torchrun starts several processes and numbers them. Each process plays games of its own,
+# and their gradients are averaged. Process 0 logs its own games and losses. Without
+# torchrun there is only process 0.
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # number of this process
 LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0  # its number on this machine
@@ -228,7 +228,7 @@ class Agent(nn.Module):
         """Observations (B, 4, 84, 84), uint8: the last 4 pictures, since one does not show
         where a ball flies → x (B, 512), float32."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
-        # channels_last is another order in memory: convolutions on a CPU are twice as fast.
+        # channels_last is another order in memory, in which convolutions are faster.
         pixels = obs.contiguous(memory_format=torch.channels_last).to(dtype).div_(255)
         # With bf16, layers compute with bfloat16 copies of their float32 weights.
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
@@ -281,8 +281,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     agent.bf16 = choose_bf16(args, device)
-    # Adam divides each gradient by its usual size + eps. So even tiny ones, mere noise,
-    # move their weight by about the learning rate, unless eps is above the usual 1e-8.
+    # Adam divides each gradient by its usual size + eps. With the usual eps of 1e-8, even
+    # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
         agent.parameters(), args.learning_rate, eps=1e-5, fused=True
@@ -315,9 +315,8 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # action. After the end of a game, the next step only resets. valid tells which
         # actions were the policy's.
         obs[0] = obs[T]  # continue where the last rollout ended
-        # With bf16, the autocast in features makes bfloat16 copies of the weights. They
-        # last while any autocast is open, even this outer one, which itself converts
-        # nothing (enabled=False). So they are made once, not at each of the T steps.
+        # With bf16, autocast keeps its bfloat16 copies of the weights until the outermost
+        # autocast ends. This outer one converts nothing, but lets them last for T steps.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 x[t] = features(obs[t])
@@ -466,9 +465,8 @@ class AtariGames(gym.vector.VectorWrapper):
     def __init__(self, envs):
         super().__init__(envs)
         buttons = envs.ale.get_action_set()
-        self.fire = None  # the number of this action
-        if ale_py.Action.FIRE in buttons:
-            self.fire = buttons.index(ale_py.Action.FIRE)
+        self.has_fire = ale_py.Action.FIRE in buttons
+        self.fire = buttons.index(ale_py.Action.FIRE) if self.has_fire else 0
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -477,8 +475,8 @@ class AtariGames(gym.vector.VectorWrapper):
         return obs, info
 
     def step(self, actions):
-        forced = self.done & (self.fire is not None)
-        actions = np.where(forced, self.fire or 0, actions)
+        forced = self.done & self.has_fire
+        actions = np.where(forced, self.fire, actions)
         obs, reward, terminated, truncated, info = self.env.step(actions)
         info["new_game"] = info["episode_frame_number"] < self.frame
         info["valid"] = ~(forced | info["new_game"])
@@ -598,7 +596,8 @@ class Run:
         global_step = iteration * self.steps
         episodes = []
         for t in range(len(rewards)):
-            for n in np.flatnonzero(new_game[t]):  # the step before ended a game
+            # The step before ended these games: after t steps of all environments.
+            for n in np.flatnonzero(new_game[t]):
                 step = global_step - self.steps + t * len(new_game[t]) * WORLD_SIZE
                 episodes.append((step, self.score[n], self.length[n]))
                 self.score[n] = self.length[n] = 0
@@ -707,6 +706,8 @@ def set_up_torch(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU")
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
+    if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
+        raise UsageError(f"torchrun: more processes than {torch.cuda.device_count()} GPUs")
     if on_gpu:
         torch.cuda.set_device(LOCAL_RANK)  # "cuda" now means this one
     return torch.device("cuda" if on_gpu else "cpu")
@@ -718,7 +719,7 @@ def choose_bf16(args, device):
         return args.bf16 == "on"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("avx512_bf16", "amx_bf16", "bf16")
+    names = ("avx512_bf16", "amx_bf16", "bf16")  # Intel and AMD; Intel; Arm
     return any(torch.cpu.get_capabilities().get(name) for name in names)
 
 
@@ -738,7 +739,8 @@ def average(tensor):
 
 def compiled(function):
     """torch.compile of a function as one graph, even if it calls backward; on a GPU, the
-    whole graph is then started by one call (CUDA graphs)."""
+    whole graph is then started by one call (CUDA graphs), which overwrites the results of
+    the call before."""
     torch._dynamo.config.trace_autograd_ops = True  # else backward() splits the graph
     return torch.compile(function, mode="reduce-overhead")
 

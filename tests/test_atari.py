@@ -117,6 +117,18 @@ def test_the_beginning_of_a_game():
     envs.close()
 
 
+def test_a_step_shows_the_maximum_of_its_last_two_frames():
+    colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
+    steps = ppo.make_envs(ppo.Args(env_id="Freeway", num_envs=1), in_colour=True)
+    frames = gym.make_vec("ALE/Freeway-v5", 1, **colour, frameskip=1, maxpool=False)
+    for envs in (steps, frames):
+        envs.reset(seed=1)
+    shown = steps.step(np.zeros(1, int))[0]
+    last = [frames.step(np.zeros(1, int))[0].copy() for _ in range(4)]
+    np.testing.assert_array_equal(shown, np.maximum(last[2], last[3]))
+    assert (shown != last[3]).any()
+
+
 def test_breakout_plays_on_after_a_lost_life():
     """Doing nothing: without our FIRE no ball would come again, and no game would end."""
     rows = play("Breakout", 400, lambda t: 0)
