@@ -707,7 +707,7 @@ def set_up_torch(args):
         raise UsageError("--device cuda: torch finds no GPU")
     on_gpu = torch.cuda.is_available() and args.device != "cpu"
     if on_gpu and LOCAL_RANK >= torch.cuda.device_count():
-        raise UsageError(f"torchrun: more processes than {torch.cuda.device_count()} GPUs")
+        raise UsageError("torchrun: more processes than GPUs")
     if on_gpu:
         torch.cuda.set_device(LOCAL_RANK)  # "cuda" now means this one
     return torch.device("cuda" if on_gpu else "cpu")

@@ -230,11 +230,7 @@ def made_up_claim(stored, effects, last=80):
 @pytest.mark.parametrize(
     ("means", "halves", "word"),  # of two tasks' effects: mean, half of the 95 % interval
     [
-        (
-            (-0.10, 0.0),
-            (0.07, 0.01),
-            "not settled",
-        ),  # −3 %, but widened for two tasks: −2 %
+        ((-0.10, 0.0), (0.07, 0.01), "not settled"),  # only once widened for two tasks
         ((-0.12, 0.0), (0.07, 0.01), "matters"),
         ((-0.05, 0.0), (0.035, 0.01), "does not matter"),  # not 0, but less than 2.5 %
         ((0.0, 0.0), (0.16, 0.01), "not settled"),  # one task beyond 15 %
