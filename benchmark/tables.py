@@ -170,17 +170,24 @@ def arms(study, column="score"):
     return groups.agg(with_count).unstack().reset_index()
 
 
+def with_t_interval(values):
+    return [values.mean(), *stats.ttest_1samp(values, 0).confidence_interval()]
+
+
 def defaults():
-    """Candidates over the default, seed by seed: geometric means over tasks and seeds."""
+    """Candidates over the default, seed by seed: geometric means, which decide, and plain
+    means, which were declared first."""
     rows, keys = [], {"index": "seed", "columns": ["arm", "task"], "values": "score"}
     table = load("defaults").pivot(**keys)
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):
-        logs = np.log(table[arm] / table["default"]).dropna().mean(axis=1).to_numpy()
-        if len(logs) > 1:
-            interval = stats.ttest_1samp(logs, 0).confidence_interval()
-            ratio, low, high = np.exp([logs.mean(), *interval])
-            rows.append([arm, len(logs), f"**{ratio:.3f}** [{low:.3f}, {high:.3f}]"])
-    return pd.DataFrame(rows, columns=["candidate", "seeds", f"ratio to the default {CI}"])
+        ratios = (table[arm] / table["default"]).dropna()
+        if len(ratios) > 1:
+            declared, logs = ratios.mean(axis=1), np.log(ratios).mean(axis=1)
+            found = [np.exp(with_t_interval(logs)), with_t_interval(declared)]
+            texts = ["**{:.3f}** [{:.3f}, {:.3f}]".format(*numbers) for numbers in found]
+            rows.append([arm, len(ratios), *texts])
+    columns = ["candidate", "seeds", f"ratio to the default {CI}", f"plain mean {CI}"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def tuned():
