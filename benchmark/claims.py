@@ -19,8 +19,8 @@ TABLE = pd.read_csv(Path(__file__).with_suffix(".csv")).fillna("")
 NAMES = dict(zip(TABLE.number, TABLE.claim))  # {number: claim}
 
 
-# tasks: those on which it matters; bound: of what is not settled
-Verdict = namedtuple("Verdict", "word tasks bound", defaults=[(), 0.0])
+# tasks: those on which it matters; bound: what the second round excludes if not settled
+Verdict = namedtuple("Verdict", "word tasks bound", defaults=[(), None])
 
 
 @cache
@@ -55,21 +55,26 @@ def metric(arm, name, task=CHEETAH):
     return np.array([x for key, x in found if (*key[:2], key[3]) == (task, arm, name)])
 
 
+def first_scores(claim, label, same_seeds=False):
+    """{task: (names of arm, base, reference, {name: scores})} of the first round, or of its
+    runs with the same seeds; empty until all arms have runs."""
+    column, scores = "mean_return" if claim == "epochs" else "score", {}
+    for task, (arm, base, _) in comparisons(claim)[label].items():
+        reference = "plain" if base.startswith("plain") else "base"
+        names = dict.fromkeys([arm, base, reference])
+        arms = [values(task, name, FIRST, column) for name in names]
+        arms = paired(arms) if same_seeds else [x.to_numpy() for x in arms]
+        scores[task] = arm, base, reference, dict(zip(names, arms))
+    return scores if all(len(arms[arm]) for arm, *_, arms in scores.values()) else {}
+
+
 @cache
 def first_effects(claim, same_seeds=False):
     """{comparison: effects} of the first round, or of its runs with the same seeds."""
-    column, found = "mean_return" if claim == "epochs" else "score", {}
-    for label, tasks in comparisons(claim).items():
-        scores = {}
-        for task, (arm, base, _) in tasks.items():
-            reference = "plain" if base.startswith("plain") else "base"
-            names = dict.fromkeys([arm, base, reference])
-            arms = [values(task, name, FIRST, column) for name in names]
-            arms = paired(arms) if same_seeds else [x.to_numpy() for x in arms]
-            scores[task] = arm, base, reference, dict(zip(names, arms))
-        if all(len(arms[arm]) for arm, *_, arms in scores.values()):
-            found[label] = drawn_effects(scores, random_returns(), same_seeds)
-    return found
+    scores = {label: first_scores(claim, label, same_seeds) for label in comparisons(claim)}
+    random = random_returns()
+    drawn = lambda found: drawn_effects(found, random, same_seeds)
+    return {label: drawn(found) for label, found in scores.items() if found}
 
 
 @cache
@@ -81,7 +86,7 @@ def fresh_seeds(task, *arms):
 
 @cache
 def second_scores(claim, label, column=None):
-    """{task: (arm, base)} by seed, and the number of missing runs; ({}, 0) if there is no
+    """{task: (arm, base)} by seed, and the number of missing pairs; ({}, 0) if there is no
     second round. Tasks without fresh seeds count with those of the first round."""
     if column is None:
         column = "mean_return" if claim in ("epochs", "reset-rows") else "last_quarter"
@@ -110,7 +115,7 @@ def first_verdict(effects):
         return Verdict("matters", clear)
     if -0.1 <= low and high <= 0.1:
         return Verdict("does not matter")
-    return Verdict("not settled", bound=(high - low) / 2)
+    return Verdict("not settled")
 
 
 def second_verdict(scores, random):
@@ -154,7 +159,8 @@ def judge(claim):
     return judged
 
 
-def kl_ratios(task):
-    """{ε: mean approx_kl over ½ε²}."""
+def kl_ratios(task, percent=100):
+    """{ε: mean approx_kl over ½ε²}, in the first so many hundredths of the runs."""
     arms = {e: "plain" if e == 0.2 else f"plain-clip-{e}" for e in (0.05, 0.1, 0.2, 0.3)}
-    return {e: np.nanmean(metric(x, "approx_kl", task)) / e**2 * 2 for e, x in arms.items()}
+    curves = {e: metric(arm, "approx_kl", task)[:, :percent] for e, arm in arms.items()}
+    return {e: np.nanmean(points) / e**2 * 2 for e, points in curves.items()}

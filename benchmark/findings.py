@@ -15,7 +15,8 @@ SECOND = ", second round"
 
 
 def percent(x):
-    text = f"{100 * x:+.0f}"
+    """With one decimal below 1 %, so that it shows on which side of 0 a bound lies."""
+    text = f"{100 * x:+.{1 if abs(x) < 0.01 else 0}f}"
     return ("0" if float(text) == 0 else text.replace("-", "−")) + "\u00a0%"
 
 
@@ -27,22 +28,30 @@ def each_task(effects):
     return "; ".join(f"{t}: {interval(*e)}" for t, e in effects.items() if t != "all")
 
 
+def count_seeds(pairs):
+    """How many arm and base have, task by task if that differs."""
+    return "; ".join(dict.fromkeys(f"{len(arm)}, {len(base)}" for arm, base in pairs))
+
+
 # ---------- Claims ----------
 def effects(claim):
     """The comparisons of a claim, round by round."""
     rows = []
     for label, found in claims.first_effects(claim).items():
         paired = each_task(claims.first_effects(claim, same_seeds=True)[label])
-        rows.append([label, each_task(found), paired, interval(*found["all"])])
+        scores = claims.first_scores(claim, label).values()
+        seeds = count_seeds((arms[arm], arms[base]) for arm, base, _, arms in scores)
+        rows.append([label, seeds, each_task(found), paired, interval(*found["all"])])
     for label, tasks in claims.comparisons(claim).items():
         scores, missing = claims.second_scores(claim, label)
         if scores and any(predicted for *_, predicted in tasks.values()):
-            row = [f"{label}{SECOND}", f"missing runs: {missing}", "", ""]
+            row = [f"{label}{SECOND}", f"missing pairs: {missing}", "", "", ""]
             if not missing:
                 found = paired_effects(scores, claims.random_returns())
-                row[1:] = ["", each_task(found), interval(*found["all"])]
+                of_all = interval(*found["all"])
+                row[1:] = [count_seeds(scores.values()), "", each_task(found), of_all]
             rows.append(row)
-    columns = ["comparison", "each task", "same seeds", "all tasks"]
+    columns = ["comparison", "seeds", "each task", "same seeds", "all tasks"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -67,8 +76,10 @@ def verdict(claim):
             word = "holds" if holds else "does not hold"
             if 0 < len(tasks) < len(found) - 1 or len(tasks) == 1:
                 word += f" on {', '.join(tasks)}"
+        elif bound is not None:
+            word += f" (effects beyond {100 * bound:.0f}\u00a0% are excluded)"
         elif word == "not settled":
-            word += f" (±\u00a0{100 * bound:.0f}\u00a0%)"
+            word += " ({} to {})".format(*map(percent, found["all"][1:]))
         words[label] = word
     if len(set(words.values())) == 1:
         return words.popitem()[1]
@@ -95,8 +106,8 @@ def effect(claim, label, task="all", column=None):
     return interval(*claims.first_effects(claim)[label][task])
 
 
-def kl_range(task):
-    ratios = claims.kl_ratios(task).values()
+def kl_range(task, percent=100):
+    ratios = claims.kl_ratios(task, int(percent)).values()
     return f"{min(ratios):.2f} to {max(ratios):.2f} ({task})"
 
 
@@ -111,6 +122,10 @@ def mean_score(task, arm, first, last):
 
 def mean_metric(arm, name):
     return f"{np.nanmean(claims.metric(arm, name)):.2g}"
+
+
+def last_metric(task, arm, name):
+    return f"{np.nanmean(claims.metric(arm, name, task)[:, -1]):.2g}"
 
 
 def final(task, column, arm="default"):

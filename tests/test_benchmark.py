@@ -204,12 +204,12 @@ def test_intervals_against_worked_numbers():
 def test_verdicts_of_the_first_round():
     clear, none, wide = (-0.5, -0.6, -0.4), (0.0, -0.1, 0.1), (-0.2, -0.4, 0.1)
     verdict = claims.first_verdict
-    assert verdict({"a": clear, "b": none, "all": clear}) == ("matters", ("a",), 0)
+    assert verdict({"a": clear, "b": none, "all": clear}) == ("matters", ("a",), None)
     assert verdict({"a": wide, "b": wide, "all": clear}).word == "not settled"
     found = verdict({"a": clear, "b": (0.5, 0.4, 0.6), "all": none})
     assert found.word == "depends on the task"
     assert verdict({"a": none, "all": none}).word == "does not matter"
-    assert verdict({"a": wide, "all": wide}).bound == pytest.approx(0.25)
+    assert verdict({"a": wide, "all": wide}) == ("not settled", (), None)
 
 
 def made_up_claim(stored, effects, last=80):
@@ -265,12 +265,19 @@ def test_verdicts_of_the_second_round(stored, effects, expected):
     second = findings.effect("norm-adv", f"{comparison}, second round", CHEETAH)
     assert first.startswith(findings.percent(-effects[0] / 2))
     assert second.startswith(findings.percent(effects[0]))
+    seeds = list(findings.effects("norm-adv").seeds)  # of arm and base, HalfCheetah first
+    assert seeds == ["20, 20", "60, 60; 40, 40"]
+
+
+def test_small_effects_show_on_which_side_of_0_they_are():
+    found = [findings.percent(x) for x in (-0.124, -0.002, 0.0001)]
+    assert found == ["−12\u00a0%", "−0.2\u00a0%", "0\u00a0%"]
 
 
 def test_the_second_round_decides_when_it_is_complete(stored):
     made_up_claim(stored, (-0.3, -0.3), last=79)
     assert claims.second_scores("norm-adv", "advantages not normalised")[1] == 1
-    assert "missing runs: 1" in findings.effects("norm-adv").to_string()
+    assert "missing pairs: 1" in findings.effects("norm-adv").to_string()
     assert findings.verdict("norm-adv") == "does not hold"  # as by the first round
     rng = np.random.default_rng(0)
     base = rng.normal(100, 40, 20)
