@@ -1,6 +1,6 @@
 """Tells whether a PPO makes one of the mistakes that do not crash.
 
-    python benchmark/probes.py adapters:ours                    # a minute or two
+    python benchmark/probes.py adapters:ours                    # a few minutes
     python benchmark/probes.py my_module:adapter --seeds 3 --actions discrete --only limit
 
 Trains on each environment of probe_environments.py for seconds, and compares values or
@@ -41,7 +41,7 @@ RESULTS = HERE / "results" / "probes.csv"
 COLUMNS = "implementation version actions probe seed quantity expected found tolerance"
 COLUMNS = [*COLUMNS.split(), "passed", "seconds"]
 NUM_ENVS = 4
-# About six and five times the largest error that our scripts made in ten seeds.
+# Six and almost five times the largest error of our scripts; README.md says more.
 TOLERANCES = {"value": 0.1, "action": 0.5}
 BOTH = ("discrete", "continuous")
 
@@ -103,8 +103,8 @@ PROBES = {
         "Leak",
         "value",
         {0: 0, 2: 0},
-        "advantages go on into the next episode: state 0, after a termination; state 2, "
-        "after a time limit",
+        "the next episode's advantages leak into the one before: state 0, after a "
+        "termination; state 2, after a time limit",
         gamma=0.9,
     ),
     "shift": Probe(

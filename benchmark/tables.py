@@ -123,9 +123,11 @@ def compared():
                 continue
             theirs, difference = number(best["mean"]), ours.mean() - best["mean"]
             text, word, low, high = number(difference), ", by point", difference, difference
-            if len(ours) > 1 and best.seeds > 1 and best.spread >= 0:
-                low, high = welch(summary(ours), (best["mean"], best.spread, best.seeds))
+            known = best.seeds > 1 and best.spread >= 0
+            if known:
                 theirs += f" ± {number(best.spread)} ({best.seeds:.0f})"
+            if known and len(ours) > 1:
+                low, high = welch(summary(ours), (best["mean"], best.spread, best.seeds))
                 text, word = f"{text} [{number(low)}, {number(high)}]", ""
             low, high = np.round([low, high], 1 if abs(best["mean"]) < 500 else 0)
             word = ("ahead" if low > 0 else "behind" if high < 0 else "level") + word
