@@ -63,9 +63,9 @@ WALKER = {"BipedalWalker-v3": f"{CONTINUOUS} --total-timesteps 2000000"}
 ATARI = dict.fromkeys(["Pong", "Breakout", "BeamRider"], "ppo_atari.py")
 
 # ---------- Tuned flags ----------
-# rl-zoo3: flags of its hyperparams/ppo.yml; README.md says which are left out. Its value loss
-# has no ½, so a coefficient of 0.696 is 1.392 here; a minibatch of 512 is more than 128 rows:
-# one.
+# rl-zoo3: flags of its hyperparams/ppo.yml; README.md says which are left out. Its value
+# loss has no ½, so a coefficient of 0.696 is 1.392 here; a minibatch of 512 is more than
+# 128 rows: one.
 PENDULUM_FLAGS = "--gamma 0.9 --learning-rate 1e-3 --num-envs 4 --num-steps 1024 "
 PENDULUM_FLAGS += "--num-minibatches 64"
 SWIMMER_FLAGS = "--gamma 0.9999 --gae-lambda 0.98 --learning-rate 6e-4 --target-kl None "
