@@ -95,6 +95,40 @@ def test_bf16_is_close_to_fp32():
 # Games
 
 
+@pytest.mark.parametrize(("found", "expected"), [("avx512_bf16", True), ("avx2", False)])
+def test_bf16_is_used_where_it_is_supported(monkeypatch, found, expected):
+    capabilities = {found: True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert ppo.choose_bf16(ppo.Args(bf16="auto"), torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize("part", ["policy", "value"])
+def test_policy_and_value_both_train_the_shared_network(part):
+    agent = make_agent(ppo)
+    obs = torch.randint(256, (8, 4, 84, 84), dtype=torch.uint8)
+    batch = {"obs": obs, "actions": torch.randint(4, (8,)), "old_log_probs": torch.zeros(8)}
+    batch |= {name: torch.randn(8) for name in ("old_values", "advantages", "returns")}
+    flags = {"ent_coef": 0.0, "vf_coef": float(part == "value")}
+    if part == "value":
+        batch["advantages"] = torch.zeros(8)
+    ppo.ppo_loss(agent, batch, ppo.Args(**flags))[0].backward()
+    assert all(p.grad.abs().max() > 1e-6 for p in agent.network.parameters())
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for rank in (0, 1):
+        monkeypatch.setattr(ppo, "LOCAL_RANK", rank)
+        ppo.set_up_torch(ppo.Args())
+    assert chosen == [0, 1]
+    monkeypatch.setattr(ppo, "LOCAL_RANK", 2)
+    with pytest.raises(ppo.UsageError, match="more processes than GPUs"):
+        ppo.set_up_torch(ppo.Args())
+
+
 def test_all_names_of_a_game_are_that_game():
     names = ["ALE/Pong-v5", "Pong", "PongNoFrameskip-v4"]
     first, *others = (play(name, 200, lambda t: t % 6).reward for name in names)

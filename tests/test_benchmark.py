@@ -1,6 +1,7 @@
 """benchmark/: what is declared, run, stored; statistics and verdicts; patches; report."""
 
 import csv
+import importlib
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,24 @@ def test_intervals_against_worked_numbers():
     effect, low, high = effects["a"]
     assert effect == pytest.approx(-0.4) == effects["all"][0]
     assert -0.46 < low < -0.42 and -0.38 < high < -0.34  # standard error 0.02
+
+
+def test_only_what_is_asked_for_is_run(stored, monkeypatch, capsys):
+    study = Study([Block({"A-v0": "ppo.py", "B-v0": "ppo.py"}, {"a": Arm()}, [1, 2])])
+    monkeypatch.setitem(STUDIES, "study", study)
+    argv = ["run.py", "study", "--dry-run", "--seeds", "2", "--only", "A*"]
+    monkeypatch.setattr("sys.argv", argv)
+    runner.main()
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", [POLE, CHEETAH, "Breakout"])
+def test_the_defaults_are_those_that_the_results_were_made_with(task):
+    run = tables.final_runs(task).iloc[-1]
+    recorded = dict(word.split("=", 1) for word in run["flags"].split())
+    del recorded["compile"]  # which is for speed only
+    args = vars(importlib.import_module(Path(run.script).stem).Args())
+    assert {name: str(args[name]) for name in recorded} == recorded
 
 
 def test_verdicts_of_the_first_round():

@@ -149,6 +149,18 @@ def test_a_damaged_run(script, refused, saved, damage):
         assert str(saved) in refused(script, mode, saved)
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_cannot_run_code(script, refused, saved):
+    checkpoint = torch.load(saved / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"agent": Harmful()}, saved / "checkpoint.pt")
+    for mode in MODES:
+        assert str(saved) in refused(script, mode, saved)
+
+
 def test_what_is_no_run(script, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -190,6 +202,18 @@ def evaluation(output):
     first, second = output.splitlines()
     mean, deviation = re.findall(r"-?\d[\d.e+-]*\d|\d", first)
     return float(mean), float(deviation), [float(value) for value in second.split()]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_is_used_if_there_is_one(script, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    kinds = {"auto": "cuda" if gpu else "cpu", "cpu": "cpu"} | (
+        {"cuda": "cuda"} if gpu else {}
+    )
+    for device, kind in kinds.items():
+        assert script.set_up_torch(make_args(script, device=device)).type == kind
 
 
 def test_evaluation_prints_every_return(script, call, saved, monkeypatch):

@@ -7,7 +7,17 @@ import environments
 import numpy as np
 import pytest
 import torch
-from conftest import STEPS, column, load, make_args, normalisation, outcome, read, train
+from conftest import (
+    STEPS,
+    column,
+    load,
+    make_agent,
+    make_args,
+    normalisation,
+    outcome,
+    read,
+    train,
+)
 
 import ppo
 import ppo_atari
@@ -203,6 +213,26 @@ def test_metrics_count_iterations_and_steps(script, tmp_path):
         assert float(rows[0]["entropy"]) == pytest.approx(math.log(2), abs=0.01)
 
 
+def test_metrics_have_the_means_of_their_episodes(script, tmp_path):
+    flags = {"num_envs": 8, "total_timesteps": 512}
+    metrics, episodes = outcome(train(script, tmp_path, **flags))
+    for row in metrics:
+        ended, episodes = np.split(episodes, [int(row["episodes"])])
+        for name in ("episodic_return", "episodic_length") if len(ended) else ():
+            mean = np.mean([float(episode[name]) for episode in ended])
+            assert float(row[name]) == pytest.approx(mean)
+    assert len(ended) > 1 and len(episodes) == 0
+
+
+def test_sps_is_the_speed_of_one_iteration(script, tmp_path, monkeypatch):
+    """By a clock that goes on by a second whenever it is read."""
+    clock = itertools.count()
+    monkeypatch.setattr(script.time, "perf_counter", lambda: next(clock))
+    run_dir = train(script, tmp_path, save_every=2)
+    expected = STEPS / np.diff(column(run_dir, "seconds"))
+    assert column(run_dir, "sps")[1:] == pytest.approx(expected, abs=0.5)
+
+
 def test_metrics_are_means_over_minibatches(script, tmp_path, record):
     losses = record(script, "ppo_loss")
     run_dir = train(script, tmp_path, total_timesteps=2 * STEPS)
@@ -290,7 +320,9 @@ def test_normalisation_is_used_only_when_asked_for(script, tmp_path, record, swi
 
 
 @pytest.mark.parametrize("script", [ppo], indirect=True)
-@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "Mixed-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "Mixed-v0", "Matrix-v0"]
+)
 def test_every_space_that_flattens_trains(script, tmp_path, env_id):
     assert len(column(train(script, tmp_path, env_id=env_id), "iteration")) == 4
 
@@ -311,6 +343,14 @@ def test_one_seed_decides_everything(script, tmp_path):
 def test_vectorization_mode_does_not_change_the_run(script, tmp_path):
     mode = lambda name: outcome(train(script, tmp_path, vectorization_mode=name))
     assert mode("sync") == mode("async") == mode(None)
+
+
+@vectors
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_vectorization_mode_is_used(script, mode):
+    envs = script.make_envs(make_args(script, vectorization_mode=mode))
+    assert type(envs.unwrapped).__name__ == f"{mode.title()}VectorEnv"
+    envs.close()
 
 
 def test_each_start_has_environments_and_randomness_of_its_own(script):
@@ -339,6 +379,12 @@ def test_evaluating_on_the_way_changes_no_metric(script, tmp_path):
     assert outcome(looked_at) == outcome(train(script, tmp_path))
     assert rows == read(looked_at / "metrics.csv") and len(rows) == 4
     assert [score.shape for score in scores] == [(3, 1)] * 4
+
+
+def test_evaluating_on_the_way_draws_no_bar(script, tmp_path, capsys):
+    args = make_args(script, eval_episodes=1)
+    train(script, tmp_path, after_iteration=lambda agent, _: script.evaluate(agent, args))
+    assert " of 2 " not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -397,6 +443,15 @@ def test_nothing_is_saved_that_is_not_finite(script, tmp_path, monkeypatch):
     checkpoint = load(run_dir)
     assert checkpoint["iteration"] == 3 == len(read(run_dir / "metrics.csv"))
     assert all(value.isfinite().all() for value in checkpoint["agent"].values())
+
+
+@vectors
+def test_statistics_that_are_not_finite_are_noticed(script):
+    agent = make_agent(script, norm_obs=True)
+    script.check_finite(agent, 3)
+    agent.obs_stats.mean.fill_(np.inf)
+    with pytest.raises(FloatingPointError, match="^iteration 3: "):
+        script.check_finite(agent, 3)
 
 
 # --compile

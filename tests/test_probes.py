@@ -69,6 +69,18 @@ def test_what_is_printed(monkeypatch, capsys):
     assert expected in lines
 
 
+def test_one_seed_that_fails_fails_the_probe(monkeypatch, capsys):
+    adapter = lambda *settings: pretend("limit" if settings[4] == 2 else "", *settings)
+    monkeypatch.setattr(adapters, "pretend", adapter, raising=False)
+    argv = "probes.py adapters:pretend --seeds 2 --only limit --actions discrete"
+    monkeypatch.setattr("sys.argv", argv.split())
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[-15:] for line in lines if "value(2)" in line] == ["FAIL  2.00 2.50"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_each_mistake_is_found(name, tmp_path):

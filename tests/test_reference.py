@@ -59,6 +59,15 @@ def test_without_a_coefficient_rewards_stay(tmp_path, record, reference):
     assert {row["kl_reference"] for row in without} == {""}
 
 
+def test_the_penalty_is_taken_off_before_rewards_are_scaled(tmp_path, record):
+    start = train(ppo, tmp_path / "start", "Sides", norm_obs=True)
+    scaled = record(ppo, "scale_rewards")
+    flags = {"kl_coef": 5.0, "norm_reward": True, "norm_obs": True, "learning_rate": 1e-2}
+    train(ppo, tmp_path, "Sides", **flags, reference=str(start))
+    rewards = [inputs[0] for inputs, _ in scaled]
+    assert set(rewards[0].unique().tolist()) <= {0, 1} and len(rewards[3].unique()) > 2
+
+
 def test_the_reference_is_the_start_and_stays(tmp_path, record, started, reference):
     loaded, states = record(ppo, "load_agent"), started(ppo)
     saved = load(reference)["agent"]

@@ -8,9 +8,11 @@ import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     SMALL,
     STEPS,
@@ -121,6 +123,43 @@ def test_a_resumed_run_goes_on(script, tmp_path, started, save_every, crash_at):
     assert outcome(resume(script, twin)) == (metrics, episodes)
     assert equal(load(run_dir)["agent"], load(twin)["agent"])
     assert kept == 0 or metrics[kept]["policy_loss"] != metrics[0]["policy_loss"]
+
+
+def test_a_run_killed_while_it_saves_keeps_its_checkpoint(script, tmp_path, monkeypatch):
+    save = torch.save
+
+    def killed(checkpoint, path):
+        if checkpoint["iteration"] == 2:
+            Path(path).write_bytes(b"half of it")
+            raise Stop
+        save(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(Stop):
+        train(script, tmp_path, save_every=1)
+    assert load(only_run(tmp_path))["iteration"] == 1
+
+
+def test_a_run_from_a_gpu_is_loaded_without_one(script, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        run_dir = train(script, tmp_path)
+    assert next(script.load_agent(run_dir).parameters()).device.type == "cpu"
+    resume(script, run_dir)
+
+
+def test_the_bar_of_a_resumed_run_begins_where_it_stopped(script, tmp_path, capsys):
+    run_dir = crash(script, tmp_path, 3, save_every=2)
+    capsys.readouterr()
+    resume(script, run_dir)
+    assert "128 of 128 steps" in capsys.readouterr().err
+
+
+def test_a_resumed_run_can_be_tracked(script, tmp_path, fake_wandb, call):
+    run_dir = crash(script, tmp_path / "runs", 3, save_every=2)
+    status, _, errors = call(script, "--resume", run_dir, "--track")
+    assert status == 0, errors
+    assert [step for step, _ in fake_wandb.tracked] == [3 * STEPS, 4 * STEPS]
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(script, tmp_path):

@@ -1,4 +1,4 @@
-"""Patches of loss and loop: a dual clip, early stopping, resets within a step, a memory."""
+"""Patches of loss and loop: those of the claims, resets within a step, a memory."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import STEPS, column, load_variation, make_args, outcome, train
+from conftest import (
+    STEPS,
+    column,
+    load,
+    load_variation,
+    make_agent,
+    make_args,
+    outcome,
+    read,
+    train,
+)
 from torch.testing import assert_close
 
 import ppo
@@ -60,6 +70,82 @@ def test_dual_clip_bounds_what_a_bad_action_costs(script, tmp_path, record):
     train(script, tmp_path, **flags)
     saved = [(ppo.policy_loss(*inputs) - loss).item() for inputs, loss in calls]
     assert min(saved) > -1e-4 and max(saved) > 0.01
+
+
+@patched("spo")
+def test_spo_penalises_the_squared_distance_of_the_ratio_from_1(script):
+    log_ratio, advantages = torch.tensor([1.5, 0.5, 1.5]).log(), torch.tensor([2.0, -1, -1])
+    rows = zip(log_ratio, advantages)
+    losses = [script.policy_loss(*row, 0.2).item() for row in rows]
+    # -(ratio A - |A| (ratio - 1)² / (2 ε))
+    assert losses == pytest.approx([-3 + 1.25, 0.5 + 0.625, 1.5 + 0.625])
+
+
+@patched("kl_penalty")
+def test_the_kl_penalty_replaces_the_clip(script):
+    zero, log_ratio = torch.zeros(1), torch.tensor([2.0]).log()
+    evaluate_actions, value = lambda *_: (log_ratio, zero), lambda *_: zero
+    agent = SimpleNamespace(evaluate_actions=evaluate_actions, value=value)
+    names = ("x", "actions", "old_log_probs", "old_values", "returns")
+    batch = dict.fromkeys(names, zero) | {"advantages": torch.ones(1)}
+    args = script.Args(norm_adv=False, kl_penalty=3.0)
+    _, logged = script.ppo_loss(agent, batch, args)
+    assert logged["policy_loss"].item() == pytest.approx(3 * (1 - np.log(2)) - 2)
+
+
+@patched("adaptive_kl")
+def test_the_learning_rate_follows_the_kl(script, tmp_path, monkeypatch):
+    kls, ppo_loss = iter([0.03, 0.03, 0.01, 0.004]), script.ppo_loss
+
+    def loss_with_kl(*inputs):
+        loss, logged = ppo_loss(*inputs)
+        return loss, logged | {"approx_kl": torch.tensor(next(kls))}
+
+    monkeypatch.setattr(script, "ppo_loss", loss_with_kl)
+    flags = {"num_minibatches": 1, "update_epochs": 1, "anneal_lr": False}
+    run_dir = train(script, tmp_path, learning_rate=9e-4, **flags)
+    rates = np.array(column(run_dir, "learning_rate")) / 9e-4
+    assert rates == pytest.approx([1 / 1.5, 1 / 2.25, 1 / 2.25, 1 / 1.5])
+
+
+@patched("adam_betas")
+def test_both_betas_are_equal(script, tmp_path):
+    (group,) = load(train(script, tmp_path))["optimizer"]["param_groups"]
+    assert tuple(group["betas"]) == (0.9, 0.9)
+
+
+@patched("head_gain")
+def test_the_head_has_a_gain_of_1(script):
+    weight = make_agent(script, actions=3).actor[-1].weight
+    assert_close(weight @ weight.T, torch.eye(3), atol=1e-5, rtol=0)
+
+
+@patched("epoch_metrics", "ppo_continuous")
+def test_metrics_of_each_epoch(script, tmp_path, record):
+    losses = record(script, "ppo_loss")
+    (row,) = read(train(script, tmp_path, total_timesteps=STEPS) / "metrics.csv")
+    kls = [logged["approx_kl"].item() for _, (_, logged) in losses]
+    for epoch in (1, 2):
+        mean = np.mean(kls[2 * epoch - 2 : 2 * epoch])
+        assert float(row[f"approx_kl_in_epoch_{epoch}"]) == pytest.approx(mean)
+    assert row["approx_kl_in_epoch_5"] == "nan"
+
+
+@patched("random_start_ages", "ppo_continuous")
+def test_environments_start_at_random_ages(script, tmp_path):
+    """First episodes are short, in no score, and put the others out of step."""
+    flags = {"num_envs": 8, "num_steps": 450, "update_epochs": 1, "total_timesteps": 3600}
+    episodes = read(train(script, tmp_path, env_id="Pendulum-v1", **flags) / "episodes.csv")
+    assert {row["episodic_length"] for row in episodes} == {"200"} and len(episodes) > 7
+    assert len({row["global_step"] for row in episodes}) > 5
+
+
+@patched("short_episodes", "ppo_continuous")
+def test_only_training_has_short_episodes(script):
+    for evaluate, limit in ((None, 100), ("runs/DIR", 200)):
+        envs = script.make_envs(make_args(script, env_id="Pendulum-v1", evaluate=evaluate))
+        assert envs.get_attr("spec")[0].max_episode_steps == limit
+        envs.close()
 
 
 @patched("no_clip_early_stop")
