@@ -65,7 +65,6 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     norm_reward: bool = True  # divide rewards by the std of their discounted sums
     initial_log_std: float = -0.5  # log of the actions' standard deviation at the start
     rescale_actions: bool = True  # map [-1, 1] to the actions' bounds; clip in any case
-    recompute_advantages: bool = True  # before each epoch, with the critic's new values
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
@@ -393,18 +392,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
-        for epoch in range(args.update_epochs):
-            if epoch > 0 and args.recompute_advantages:
-                # Not in the paper: the critic has learned, so its values give better
-                # advantages. old_log_probs stay: they are those of the policy that played.
-                with torch.no_grad():
-                    values = agent.value(x)
-                advantages = compute_gae(
-                    r, values, no_future, ended, args.gamma, args.gae_lambda
-                )
-                batch["old_values"] = values[:-1][valid]
-                batch["advantages"] = advantages[valid]
-                batch["returns"] = (advantages + values[:-1])[valid]
+        for _ in range(args.update_epochs):
             # For torch.compile, all minibatches must have one size, so T * N row numbers
             # are needed: some come again in place of the rows dropped. No two resets follow
             # each other, so at least a third of the rows is left (T = 3: reset, step,

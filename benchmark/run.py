@@ -23,12 +23,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import claims
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import results
 from results import ROOT
-from studies import CLAIMS_TASKS, STUDIES, runs
+from studies import STUDIES, runs
 
 HERE = Path(__file__).parent
 # Flags that say nothing about training, or have a column of their own.
@@ -168,7 +169,8 @@ def main():
     parser.add_argument("--work", type=Path, default=work, help="unfinished runs")
     args = parser.parse_args()
     if args.study == "random":
-        for task in set(CLAIMS_TASKS) - set(results.read("random.csv", ["task"]).task):
+        tasks = set(" ".join(claims.TABLE.tasks).split())
+        for task in tasks - set(results.read("random.csv", ["task"]).task):
             play_randomly(task)
         return
     todo = [run for run in missing(args.study) if not args.seeds or run.seed in args.seeds]
