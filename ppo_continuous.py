@@ -65,6 +65,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     norm_reward: bool = True  # divide rewards by the std of their discounted sums
     initial_log_std: float = -0.5  # log of the actions' standard deviation at the start
     rescale_actions: bool = True  # map [-1, 1] to the actions' bounds; clip in any case
+    random_start_ages: bool = True  # first episodes reach the time limit after random times
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
@@ -303,6 +304,8 @@ def train(args, after_iteration=None):
     check(args)
     run = Run(args)  # reads the checkpoint of --resume
     envs, first_obs = start_envs(args, run.iteration)  # seeds torch, too
+    if args.random_start_ages:
+        start_at_random_ages(envs, run)
     try:
         run_iterations(args, run, envs, first_obs, after_iteration)
     finally:  # also after an error
@@ -497,6 +500,17 @@ def start_envs(args, iteration):
     return envs, obs
 
 
+def start_at_random_ages(envs, run):
+    """The time limit counts as if each environment had already run for a random time. Else,
+    where all episodes last until the limit, they would all end in the same step, and each
+    rollout would show only one part of them."""
+    limit = envs.spec.max_episode_steps
+    if limit is not None and hasattr(envs, "set_attr"):  # vectors of your own may have none
+        ages = np.random.default_rng(run.args.seed).integers(limit, size=envs.num_envs)
+        envs.set_attr("_elapsed_steps", ages.tolist())  # of gymnasium's TimeLimit
+        run.score[:] = math.nan  # the first episodes are cut short, and not logged
+
+
 # ---------- Runs ----------
 class Run:
     """A run directory: flags, logs, checkpoints; the progress bar; Weights & Biases."""
@@ -568,7 +582,8 @@ class Run:
             self.length += ~reset[t]  # a step that only resets belongs to no episode
             for n in np.flatnonzero(done[t]):
                 step = global_step - self.steps + (t + 1) * len(done[t])
-                episodes.append((step, self.score[n], self.length[n]))
+                if not math.isnan(self.score[n]):  # as of those that began at a random age
+                    episodes.append((step, self.score[n], self.length[n]))
                 self.score[n] = self.length[n] = 0
 
         now = time.perf_counter()

@@ -1,12 +1,13 @@
-"""What ppo_continuous.py does differently: Gaussian policy, action map."""
+"""What ppo_continuous.py does differently: Gaussian policy, action map, start ages."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import make_agent, train
+from conftest import make_agent, read, train
 
 import ppo_continuous as ppo
 
@@ -92,3 +93,37 @@ def test_the_stored_action_is_the_unmapped_sample(tmp_path, record):
     stored = np.concatenate([batch["actions"] for (_, batch, _), _ in losses[:2]])
     assert np.abs(stored).max() > 1.5 and np.abs(sent).max() == 2.0
     np.testing.assert_allclose(np.sort(np.clip(2 * stored, -2, 2), 0), np.sort(sent, 0))
+
+
+# (random_start_ages)
+
+
+def ends(folder, env_id="Pendulum-v1", **flags):
+    """Steps and lengths of the episodes that are logged."""
+    flags |= {"num_envs": 8, "num_steps": 450, "update_epochs": 1, "total_timesteps": 3600}
+    episodes = read(train(ppo, folder, env_id=env_id, **flags) / "episodes.csv")
+    return [(int(row["global_step"]), int(row["episodic_length"])) for row in episodes]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_first_episodes_end_at_random_times_and_are_not_logged(tmp_path, mode):
+    """Each environment has an episode cut short, and then whole ones of 200 steps."""
+    flags = {"vectorization_mode": mode, "random_start_ages": True}
+    found = ends(tmp_path / "random", **flags)
+    ages = np.random.default_rng(1).integers(200, size=8)
+    first = 201 - ages  # the step that only resets
+    steps = [8 * (start + 201 * i + 200) for start in first for i in range(2)]
+    assert found == [(step, 200) for step in sorted(steps) if step <= 3600]
+    assert ends(tmp_path / "together") == [(1600, 200)] * 8 + [(3208, 200)] * 8
+
+
+def test_without_a_time_limit_all_episodes_are_logged(tmp_path):
+    found = ends(tmp_path, "RingTerminalBox-v0", random_start_ages=True)
+    assert found[:8] == [(24, 3)] * 8
+
+
+def test_vectors_without_set_attr_start_together():
+    envs = SimpleNamespace(num_envs=2, spec=SimpleNamespace(max_episode_steps=5))
+    run = SimpleNamespace(args=ppo.Args(), score=np.zeros(2))
+    ppo.start_at_random_ages(envs, run)
+    assert run.score.tolist() == [0, 0]

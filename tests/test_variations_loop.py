@@ -16,7 +16,6 @@ from conftest import (
     make_agent,
     make_args,
     outcome,
-    read,
     train,
 )
 from torch.testing import assert_close
@@ -152,21 +151,18 @@ def test_advantages_are_recomputed(script, tmp_path, record):
             assert torch.equal(rows.unique(), expected[valid].unique()), name
 
 
-@patched("random_start_ages", "ppo_continuous")
-def test_environments_start_at_random_ages(script, tmp_path):
-    """First episodes are short, in no score, and put the others out of step."""
-    flags = {"num_envs": 8, "num_steps": 450, "update_epochs": 1, "total_timesteps": 3600}
-    episodes = read(train(script, tmp_path, env_id="Pendulum-v1", **flags) / "episodes.csv")
-    assert {row["episodic_length"] for row in episodes} == {"200"} and len(episodes) > 7
-    assert len({row["global_step"] for row in episodes}) > 5
-
-
 @patched("short_episodes", "ppo_continuous")
 def test_only_training_has_short_episodes(script):
     for evaluate, limit in ((None, 100), ("runs/DIR", 200)):
         envs = script.make_envs(make_args(script, env_id="Pendulum-v1", evaluate=evaluate))
         assert envs.get_attr("spec")[0].max_episode_steps == limit
         envs.close()
+    ages = []
+    envs = SimpleNamespace(set_attr=lambda name, values: ages.extend(values), num_envs=50)
+    envs.spec = gym.spec("Pendulum-v1")
+    run = SimpleNamespace(args=script.Args(), score=np.ones(50))
+    script.start_at_random_ages(envs, run)
+    assert 90 < max(ages) < 100
 
 
 @patched("no_clip_early_stop")
