@@ -1,7 +1,7 @@
 """What to run: each study is blocks of tasks × arms × seeds. run.py runs what is missing.
 
 The rules that judge a study are committed before its first run: in README.md beside this
-file for "tuned", in claims.md for "claims-2".
+file for "defaults" and "tuned", in claims.md for "claims-2".
 """
 
 import csv
@@ -125,6 +125,13 @@ with open(Path(__file__).with_name("arms.csv"), newline="") as file:
             CLAIMS.append(Block(pick(tasks, CLAIMS_TASKS), arm, seeds))
 
 # ---------- All studies ----------
+DEFAULTS = {  # how ppo_continuous.py's were chosen; "default" is the former one
+    "default": Arm("--no-random-start-ages", "recompute_advantages"),
+    "random-start-ages": Arm("", "recompute_advantages"),
+    "no-recompute": Arm("--no-random-start-ages"),
+    "both": Arm(),
+}
+CHOICE = pick(f"{CHEETAH} Walker2d-v5 {SWIMMER} Ant-v5", MUJOCO)
 RATES = {"healthy": Arm(), "learning-rate-x100": Arm("--learning-rate 3e-2")}
 SHORT = {"CartPole-v1": "ppo.py --total-timesteps 100000"}
 TRIED = {"default": Arm(), "td": Arm("--gae-lambda 0"), "entropy": Arm("--ent-coef 0.5")}
@@ -135,6 +142,7 @@ PEERS = dict.fromkeys([CHEETAH, "Hopper-v5", "Walker2d-v5"], "benchmark/sb3.py")
 ZOO = {"default": Arm(), "rl-zoo3": Arm("--tuned")}
 COLUMNS = ("approx_kl", "clipfrac", "entropy", "explained_variance", "grad_norm")
 STUDIES = {
+    "defaults": Study([Block(CHOICE, DEFAULTS, range(11, 21))], played=100),
     "tuned": Study(TUNED, played=100),
     "results": Study(RESULTS, COLUMNS, evaluations=10, played=100),
     "atari": Study([Block(ATARI, DEFAULT, range(1, 4))], COLUMNS, played=100),

@@ -320,7 +320,7 @@ def test_candidates_for_the_defaults_are_compared_seed_by_seed(stored):
     """One task doubles, one is halved; odd seeds gain 10 %, even ones lose as much. The
     half interval of logarithms: t at 9 degrees of freedom, times log(1.1) / √9."""
     scores = {}
-    for task, factor in zip("ABCD", (2, 0.5, 1, 1)):
+    for task, factor in zip(studies.CHOICE, (2, 0.5, 1, 1)):
         scores[task, "default"] = {seed: 100.0 * seed for seed in range(11, 21)}
         arm = {seed: 100 * seed * factor * 1.1 ** (-1) ** seed for seed in range(11, 21)}
         scores[task, "no-recompute"] = arm

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_agent, read, train
+from gymnasium.envs.classic_control import PendulumEnv
 
 import ppo_continuous as ppo
 
@@ -105,11 +106,25 @@ def ends(folder, env_id="Pendulum-v1", **flags):
     return [(int(row["global_step"]), int(row["episodic_length"])) for row in episodes]
 
 
+class InDict(gym.ObservationWrapper):
+    def __init__(self):
+        super().__init__(PendulumEnv())
+        self.observation_space = gym.spaces.Dict(x=self.env.observation_space)
+
+    def observation(self, observation):
+        return {"x": observation}
+
+
+LIMITS = {"max_episode_steps": 500, "kwargs": {"max_episode_steps": 200}}  # the latter acts
+gym.register("DictPendulum-v0", InDict, **LIMITS)
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "DictPendulum-v0"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
-def test_first_episodes_end_at_random_times_and_are_not_logged(tmp_path, mode):
+def test_first_episodes_end_at_random_times_and_are_not_logged(tmp_path, env_id, mode):
     """Each environment has an episode cut short, and then whole ones of 200 steps."""
     flags = {"vectorization_mode": mode, "random_start_ages": True}
-    found = ends(tmp_path / "random", **flags)
+    found = ends(tmp_path / "random", env_id, **flags)
     ages = np.random.default_rng(1).integers(200, size=8)
     first = 201 - ages  # the step that only resets
     steps = [8 * (start + 201 * i + 200) for start in first for i in range(2)]
@@ -123,7 +138,8 @@ def test_without_a_time_limit_all_episodes_are_logged(tmp_path):
 
 
 def test_vectors_without_set_attr_start_together():
-    envs = SimpleNamespace(num_envs=2, spec=SimpleNamespace(max_episode_steps=5))
-    run = SimpleNamespace(args=ppo.Args(), score=np.zeros(2))
+    envs = SimpleNamespace(spec=SimpleNamespace(max_episode_steps=5))
+    envs.unwrapped = envs
+    run = SimpleNamespace(args=ppo.Args(), iteration=0, score=np.zeros(2))
     ppo.start_at_random_ages(envs, run)
     assert run.score.tolist() == [0, 0]

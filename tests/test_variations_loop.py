@@ -157,12 +157,6 @@ def test_only_training_has_short_episodes(script):
         envs = script.make_envs(make_args(script, env_id="Pendulum-v1", evaluate=evaluate))
         assert envs.get_attr("spec")[0].max_episode_steps == limit
         envs.close()
-    ages = []
-    envs = SimpleNamespace(set_attr=lambda name, values: ages.extend(values), num_envs=50)
-    envs.spec = gym.spec("Pendulum-v1")
-    run = SimpleNamespace(args=script.Args(), score=np.ones(50))
-    script.start_at_random_ages(envs, run)
-    assert 90 < max(ages) < 100
 
 
 @patched("no_clip_early_stop")
