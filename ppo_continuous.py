@@ -575,7 +575,8 @@ class Run:
             self.opened.callback(self.wandb.finish)
 
     def log(self, iteration, metrics, rewards, done, reset):
-        """Writes metrics, and the episodes that ended; rewards, done, reset (T, N)."""
+        """Writes metrics, and the episodes that ended, without those cut at the start;
+        rewards, done, reset (T, N)."""
         global_step = iteration * self.steps
         episodes = []
         for t in range(len(rewards)):

@@ -111,9 +111,7 @@ def rows_of(run, run_dir, made_by):
     counts = np.searchsorted(ended, np.linspace(0, steps, 101)[1:], side="right")
     last_100 = [returns[max(count - 100, 0) : count] for count in counts]
     curves = {"return": [part.mean() if len(part) else np.nan for part in last_100]}
-    for pattern in study.metrics:
-        for name in fnmatch.filter(metrics, pattern):
-            curves[name] = parts_of(metrics[name].to_numpy())
+    curves |= {name: parts_of(metrics[name].to_numpy()) for name in study.metrics}
     if study.evaluations:
         curves["evaluations"] = [played[str(i + 1)] for i in range(study.evaluations)]
     text = lambda points: " ".join(f"{point:.5g}" for point in points)

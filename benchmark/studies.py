@@ -125,7 +125,7 @@ with open(Path(__file__).with_name("arms.csv"), newline="") as file:
             CLAIMS.append(Block(pick(tasks, CLAIMS_TASKS), arm, seeds))
 
 # ---------- All studies ----------
-DEFAULTS = {  # how ppo_continuous.py's were chosen; "default" is the former one
+DEFAULTS = {  # those of ppo_continuous.py: "default" is the former one, "both" today's
     "default": Arm("--no-random-start-ages", "recompute_advantages"),
     "random-start-ages": Arm("", "recompute_advantages"),
     "no-recompute": Arm("--no-random-start-ages"),
