@@ -281,7 +281,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     agent.bf16 = choose_bf16(args, device)
-    # Adam divides each gradient by its usual size + eps. With its own eps of 1e-8, even
+    # Adam divides each gradient by its usual size + eps. With torch's eps of 1e-8, even
     # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(

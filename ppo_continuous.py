@@ -321,7 +321,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
-    # Adam divides each gradient by its usual size + eps. With its own eps of 1e-8, even
+    # Adam divides each gradient by its usual size + eps. With torch's eps of 1e-8, even
     # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
@@ -503,7 +503,8 @@ def start_at_random_ages(envs, run):
     """Sets each environment's count of steps to a random number below its time limit. Its
     state is that of a new episode, as ever. Else, where all episodes last until the limit,
     all environments would end theirs in the same step, again and again, and a rollout
-    shorter than an episode would show only one part of it."""
+    shorter than an episode would show only one part of it. Without a time limit, or in a
+    vector environment without set_attr, all stays as it is."""
     envs = envs.unwrapped  # a FlattenObservation has no set_attr
     if envs.spec.max_episode_steps is not None and hasattr(envs, "set_attr"):
         limits = envs.get_attr("_max_episode_steps")  # of gymnasium's TimeLimit
