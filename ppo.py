@@ -162,7 +162,7 @@ def ppo_loss(agent, batch, args):
 
 
 def compute_gradient(agent, batch, args):
-    """Computes the gradient of the loss, shortened to max_grad_norm, in .grad → metrics."""
+    """Puts the gradient of the loss, shortened to max_grad_norm, into .grad → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
     # clip_grad_norm_ returns the norm before clipping.
@@ -299,7 +299,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     reference = load_reference(args, agent)  # and copies it into agent; or None
-    # Adam divides each gradient by its usual size + eps. With the usual eps of 1e-8, even
+    # Adam divides each gradient by its usual size + eps. With torch's eps of 1e-8, even
     # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
@@ -374,15 +374,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # (valid): steps that only reset are dropped, and (T, N, ...) becomes (B, ...).
         batch = {name: column[valid] for name, column in batch.items()}
 
-        explained = explained_variance(batch["advantages"], batch["returns"])
-
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # For torch.compile, all minibatches must have one size, so T * N row numbers
-            # are needed: some come again in place of the rows dropped. No two resets follow
-            # each other, so at least a third of the rows is left (T = 3: reset, step,
-            # reset), and 3 copies are enough.
+            # For torch.compile, all minibatches must have one size. So after the last of
+            # the shuffled rows the first ones come again, until there are T * N, as before
+            # those that only reset were dropped. No two resets follow each other, so at
+            # least a third of the rows is left (T = 3: reset, step, reset), and 3 copies
+            # are enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 # column.index_select(0, rows) is column[rows], but faster.
@@ -398,7 +397,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
-            "explained_variance": explained,
+            "explained_variance": explained_variance(batch["advantages"], batch["returns"]),
             "kl_reference": drift[valid].mean().item() if reference is not None else None,
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
@@ -634,7 +633,7 @@ def load_run(run_dir):
         args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
         return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
-        message = f"'{run_dir}' is not a run directory of {SCRIPT}: {error!r:.200}"
+        message = f"'{run_dir}' is no run that {SCRIPT} can read: {error!r:.200}"
         raise UsageError(message) from error
 
 

@@ -178,7 +178,7 @@ def ppo_loss(agent, batch, args):
 
 
 def compute_gradient(agent, batch, args):
-    """Computes the gradient of the loss in .grad → metrics."""
+    """Puts the gradient of the loss into .grad → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
     return logged
@@ -281,7 +281,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
     agent.bf16 = choose_bf16(args, device)
-    # Adam divides each gradient by its usual size + eps. With the usual eps of 1e-8, even
+    # Adam divides each gradient by its usual size + eps. With torch's eps of 1e-8, even
     # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
@@ -351,14 +351,13 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # (valid): FIRE and resets are dropped, and (T, N, ...) becomes (B, ...).
         batch = {name: column[to_tensor(valid)] for name, column in batch.items()}
 
-        explained = explained_variance(batch["advantages"], batch["returns"])
-
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
         for _ in range(args.update_epochs):
-            # For torch.compile, all minibatches must have one size, so T * N row numbers
-            # are needed: some come again in place of the rows dropped. Lives last many
-            # steps, so these are few, and 3 copies are more than enough.
+            # For torch.compile, all minibatches must have one size. So after the last of
+            # the shuffled rows the first ones come again, until there are T * N, as before
+            # some were dropped. Lives last many steps, so these are few, and 3 copies are
+            # more than enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 # column.index_select(0, rows) is column[rows], but faster.
@@ -382,7 +381,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
-            "explained_variance": explained,
+            "explained_variance": explained_variance(batch["advantages"], batch["returns"]),
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
         metrics = run.log(iteration, metrics, rewards, new_game)  # adds scores
@@ -682,7 +681,7 @@ def load_run(run_dir):
         args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
         return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
-        message = f"'{run_dir}' is not a run directory of {SCRIPT}: {error!r:.200}"
+        message = f"'{run_dir}' is no run that {SCRIPT} can read: {error!r:.200}"
         raise UsageError(message) from error
 
 

@@ -65,7 +65,7 @@ class Args:  # tyro makes each field a flag and its comment the flag's help
     norm_reward: bool = True  # divide rewards by the std of their discounted sums
     initial_log_std: float = -0.5  # log of the actions' standard deviation at the start
     rescale_actions: bool = True  # map [-1, 1] to the actions' bounds; clip in any case
-    recompute_advantages: bool = True  # before each epoch, with the critic's new values
+    random_start_ages: bool = True  # cut first episodes at random; else all may end at once
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     threads: int = 1  # CPU threads of torch; more are slower for networks this small
@@ -164,7 +164,7 @@ def ppo_loss(agent, batch, args):
 
 
 def compute_gradient(agent, batch, args):
-    """Computes the gradient of the loss, shortened to max_grad_norm, in .grad → metrics."""
+    """Puts the gradient of the loss, shortened to max_grad_norm, into .grad → metrics."""
     loss, logged = ppo_loss(agent, batch, args)
     loss.backward()
     # clip_grad_norm_ returns the norm before clipping.
@@ -254,7 +254,7 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((actions,), float(args.initial_log_std)))
 
         # Where both bounds are finite, [-1, 1] is mapped to [low, high]; elsewhere to
-        # itself. Some spaces write "no bound" as a huge number, and float32 could overflow.
+        # itself. Some spaces write "no bound" as a huge number: the span may need float64.
         self.low, self.high = space.low, space.high
         span = np.float64(self.high) - np.float64(self.low)
         mapped = (span < 1e30) & args.rescale_actions
@@ -305,6 +305,8 @@ def train(args, after_iteration=None):
     run = Run(args)  # reads the checkpoint of --resume
     envs, first_obs = start_envs(args, run.iteration)  # seeds torch, too
     try:
+        if args.random_start_ages:
+            start_at_random_ages(envs, run)
         run_iterations(args, run, envs, first_obs, after_iteration)
     finally:  # also after an error
         envs.close()
@@ -319,7 +321,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
 
     device = set_up_torch(args)
     agent = Agent(envs, args).to(device)
-    # Adam divides each gradient by its usual size + eps. With the usual eps of 1e-8, even
+    # Adam divides each gradient by its usual size + eps. With torch's eps of 1e-8, even
     # gradients of 1e-7, mere noise, would move their weight by about the learning rate.
     # fused: all weights in one operation, which is faster.
     optimizer = torch.optim.Adam(
@@ -389,26 +391,14 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         # (valid): steps that only reset are dropped, and (T, N, ...) becomes (B, ...).
         batch = {name: column[valid] for name, column in batch.items()}
 
-        explained = explained_variance(batch["advantages"], batch["returns"])
-
         # 3. Update: several epochs over the batch, shuffled and cut into minibatches.
         logs = []
-        for epoch in range(args.update_epochs):
-            if epoch > 0 and args.recompute_advantages:
-                # Not in the paper: the critic has learned, so its values give better
-                # advantages. old_log_probs stay: they are those of the policy that played.
-                with torch.no_grad():
-                    values = agent.value(x)
-                advantages = compute_gae(
-                    r, values, no_future, ended, args.gamma, args.gae_lambda
-                )
-                batch["old_values"] = values[:-1][valid]
-                batch["advantages"] = advantages[valid]
-                batch["returns"] = (advantages + values[:-1])[valid]
-            # For torch.compile, all minibatches must have one size, so T * N row numbers
-            # are needed: some come again in place of the rows dropped. No two resets follow
-            # each other, so at least a third of the rows is left (T = 3: reset, step,
-            # reset), and 3 copies are enough.
+        for _ in range(args.update_epochs):
+            # For torch.compile, all minibatches must have one size. So after the last of
+            # the shuffled rows the first ones come again, until there are T * N, as before
+            # those that only reset were dropped. No two resets follow each other, so at
+            # least a third of the rows is left (T = 3: reset, step, reset), and 3 copies
+            # are enough.
             order = torch.randperm(len(batch["actions"]), device=device).repeat(3)[: T * N]
             for rows in order.chunk(args.num_minibatches):
                 # column.index_select(0, rows) is column[rows], but faster.
@@ -424,7 +414,7 @@ def run_iterations(args, run, envs, first_obs, after_iteration):
         check_finite(agent, iteration)
         metrics = {name: np.mean([log[name] for log in logs]) for name in logs[0]}
         metrics |= {
-            "explained_variance": explained,
+            "explained_variance": explained_variance(batch["advantages"], batch["returns"]),
             "learning_rate": optimizer.param_groups[0]["lr"],
         }
         metrics = run.log(iteration, metrics, rewards, done, reset)  # adds scores
@@ -509,6 +499,20 @@ def start_envs(args, iteration):
     return envs, obs
 
 
+def start_at_random_ages(envs, run):
+    """Sets each environment's count of steps to a random number below its time limit. Its
+    state is that of a new episode, as ever. Else, where all episodes last until the limit,
+    all environments would end theirs in the same step, again and again, and a rollout
+    shorter than an episode would show only one part of it. Without a time limit, or in a
+    vector environment without set_attr, all stays as it is."""
+    envs = envs.unwrapped  # a FlattenObservation has no set_attr
+    if envs.spec.max_episode_steps is not None and hasattr(envs, "set_attr"):
+        limits = envs.get_attr("_max_episode_steps")  # of gymnasium's TimeLimit
+        rng = np.random.default_rng([run.args.seed, run.iteration])
+        envs.set_attr("_elapsed_steps", rng.integers(limits).tolist())
+        run.score[:] = math.nan  # first episodes may be cut short: none is logged
+
+
 # ---------- Runs ----------
 class Run:
     """A run directory: flags, logs, checkpoints; the progress bar; Weights & Biases."""
@@ -572,7 +576,8 @@ class Run:
             self.opened.callback(self.wandb.finish)
 
     def log(self, iteration, metrics, rewards, done, reset):
-        """Writes metrics, and the episodes that ended; rewards, done, reset (T, N)."""
+        """Writes metrics, and the episodes that ended, without those cut at the start;
+        rewards, done, reset (T, N)."""
         global_step = iteration * self.steps
         episodes = []
         for t in range(len(rewards)):
@@ -580,7 +585,8 @@ class Run:
             self.length += ~reset[t]  # a step that only resets belongs to no episode
             for n in np.flatnonzero(done[t]):
                 step = global_step - self.steps + (t + 1) * len(done[t])
-                episodes.append((step, self.score[n], self.length[n]))
+                if not math.isnan(self.score[n]):  # nan: see start_at_random_ages
+                    episodes.append((step, self.score[n], self.length[n]))
                 self.score[n] = self.length[n] = 0
 
         now = time.perf_counter()
@@ -658,7 +664,7 @@ def load_run(run_dir):
         args = Args(**json.loads(Path(run_dir, "args.json").read_text()))
         return args, torch.load(Path(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
     except Exception as error:
-        message = f"'{run_dir}' is not a run directory of {SCRIPT}: {error!r:.200}"
+        message = f"'{run_dir}' is no run that {SCRIPT} can read: {error!r:.200}"
         raise UsageError(message) from error
 
 

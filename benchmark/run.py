@@ -23,12 +23,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import claims
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import results
 from results import ROOT
-from studies import CLAIMS_TASKS, STUDIES, runs
+from studies import STUDIES, runs
 
 HERE = Path(__file__).parent
 # Flags that say nothing about training, or have a column of their own.
@@ -110,9 +111,7 @@ def rows_of(run, run_dir, made_by):
     counts = np.searchsorted(ended, np.linspace(0, steps, 101)[1:], side="right")
     last_100 = [returns[max(count - 100, 0) : count] for count in counts]
     curves = {"return": [part.mean() if len(part) else np.nan for part in last_100]}
-    for pattern in study.metrics:
-        for name in fnmatch.filter(metrics, pattern):
-            curves[name] = parts_of(metrics[name].to_numpy())
+    curves |= {name: parts_of(metrics[name].to_numpy()) for name in study.metrics}
     if study.evaluations:
         curves["evaluations"] = [played[str(i + 1)] for i in range(study.evaluations)]
     text = lambda points: " ".join(f"{point:.5g}" for point in points)
@@ -168,7 +167,8 @@ def main():
     parser.add_argument("--work", type=Path, default=work, help="unfinished runs")
     args = parser.parse_args()
     if args.study == "random":
-        for task in set(CLAIMS_TASKS) - set(results.read("random.csv", ["task"]).task):
+        tasks = set(" ".join(claims.TABLE.tasks).split())
+        for task in tasks - set(results.read("random.csv", ["task"]).task):
             play_randomly(task)
         return
     todo = [run for run in missing(args.study) if not args.seeds or run.seed in args.seeds]

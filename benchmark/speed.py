@@ -32,8 +32,7 @@ STEPS = {  # all of them, and those not counted
     "ppo_atari": (10_240, 3_072),
 }
 THREADS = {"ppo": 1, "ppo_continuous": 1, "ppo_atari": os.cpu_count()}
-SAME = "--num-envs 1 --num-steps 2048 --no-recompute-advantages --target-kl None "
-SAME += "--clip-vloss"
+SAME = "--num-envs 1 --num-steps 2048 --target-kl None --clip-vloss"
 RUNS = {  # flags of our script
     "ppo": ["", "--compile", "--vectorization-mode sync", "--num-envs 32"],
     "ppo_continuous": ["", "--compile"],

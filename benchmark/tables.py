@@ -177,8 +177,8 @@ def with_t_interval(values):
 
 
 def defaults():
-    """Candidates over the default, seed by seed: geometric means, which decide, and plain
-    means, which were declared first."""
+    """Candidates over the former default, seed by seed: geometric means, which decide, and
+    plain means, which were declared first."""
     rows, keys = [], {"index": "seed", "columns": ["arm", "task"], "values": "score"}
     table = load("defaults").pivot(**keys)
     for arm in table.columns.unique("arm").drop("default", errors="ignore"):
@@ -188,7 +188,7 @@ def defaults():
             found = [np.exp(with_t_interval(logs)), with_t_interval(declared)]
             texts = ["**{:.3f}** [{:.3f}, {:.3f}]".format(*numbers) for numbers in found]
             rows.append([arm, len(ratios), *texts])
-    columns = ["candidate", "seeds", f"ratio to the default {CI}", f"plain mean {CI}"]
+    columns = ["candidate", "seeds", f"ratio to the former {CI}", f"plain mean {CI}"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -40,7 +40,7 @@ def make_args(script, name="Pole", **flags):
     if script is ppo_atari:
         settings["bf16"] = "off"
     if script is ppo_continuous:
-        settings["target_kl"] = None
+        settings |= {"target_kl": None, "random_start_ages": False}
     return script.Args(**settings | flags)
 
 

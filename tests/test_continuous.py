@@ -1,17 +1,16 @@
-"""What ppo_continuous.py does differently: Gaussian policy, action map, new advantages."""
+"""What ppo_continuous.py does differently: Gaussian policy, action map, start ages."""
 
 import math
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import equal, make_agent, train
+from conftest import make_agent, read, train
+from gymnasium.envs.classic_control import PendulumEnv
 
 import ppo_continuous as ppo
-
-PENDULUM = gym.spec("InvertedPendulum-v5").entry_point
-gym.register("ShortPendulum-v0", PENDULUM, max_episode_steps=5)
 
 
 def box(low, high):
@@ -97,36 +96,50 @@ def test_the_stored_action_is_the_unmapped_sample(tmp_path, record):
     np.testing.assert_allclose(np.sort(np.clip(2 * stored, -2, 2), 0), np.sort(sent, 0))
 
 
-# Training
+# (random_start_ages)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_advantages_are_recomputed(tmp_path, record, recompute):
-    """Old values, advantages, returns are those of the critic at the start of the epoch."""
-    gaes, losses = record(ppo, "compute_gae"), record(ppo, "ppo_loss")
-    value_losses = record(ppo, "value_loss")
-    flags = {"num_steps": 64, "num_minibatches": 4, "update_epochs": 3}
-    flags |= {"recompute_advantages": recompute, "total_timesteps": 128, "num_envs": 2}
-    # With this deviation the pendulum falls after three to five steps.
-    flags |= {"env_id": "ShortPendulum-v0", "initial_log_std": 1.0, "learning_rate": 1e-2}
-    train(ppo, tmp_path, **flags)
-    assert len(gaes) == (3 if recompute else 1) and len(losses) == 12
-    rest = [dict(enumerate(inputs)) | {1: None} for inputs, _ in gaes]  # all but values
-    assert all(equal(inputs, rest[0]) for inputs in rest)
-    # In the first minibatch of an epoch, new values are those of the critic as it is.
-    pairs = [inputs[:2] for inputs, _ in value_losses[::4]]
-    unchanged = [torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in pairs]
-    assert unchanged == [True, recompute, recompute]
+def ends(folder, env_id="Pendulum-v1", **flags):
+    """Steps and lengths of the episodes that are logged."""
+    flags |= {"num_envs": 8, "num_steps": 450, "update_epochs": 1, "total_timesteps": 3600}
+    episodes = read(train(ppo, folder, env_id=env_id, **flags) / "episodes.csv")
+    return [(int(row["global_step"]), int(row["episodic_length"])) for row in episodes]
 
-    terminated, done = gaes[0][0][2:4]
-    valid = torch.ones_like(done)
-    valid[1:] = ~done[:-1]
-    assert valid.sum() < 126 and 10 < terminated.sum() < done.sum() - 2
-    for epoch in range(3):
-        (_, values, *_), advantages = gaes[epoch if recompute else 0]
-        columns = {"old_values": values[:-1], "advantages": advantages}
-        columns["returns"] = advantages + values[:-1]
-        for name, column in columns.items():
-            rows = torch.cat([batch[name] for (_, batch, _), _ in losses[4 * epoch :][:4]])
-            # Some come twice, in place of those that only reset.
-            assert torch.equal(rows.unique(), column[valid].unique()), name
+
+class InDict(gym.ObservationWrapper):
+    def __init__(self):
+        super().__init__(PendulumEnv())
+        self.observation_space = gym.spaces.Dict(x=self.env.observation_space)
+
+    def observation(self, observation):
+        return {"x": observation}
+
+
+LIMITS = {"max_episode_steps": 500, "kwargs": {"max_episode_steps": 200}}  # the latter acts
+gym.register("DictPendulum-v0", InDict, **LIMITS)
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "DictPendulum-v0"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_first_episodes_end_at_random_times_and_are_not_logged(tmp_path, env_id, mode):
+    """Each environment has an episode cut short, and then whole ones of 200 steps."""
+    flags = {"vectorization_mode": mode, "random_start_ages": True}
+    found = ends(tmp_path / "random", env_id, **flags)
+    ages = np.random.default_rng(1).integers(200, size=8)
+    first = 201 - ages  # the step that only resets
+    steps = [8 * (start + 201 * i + 200) for start in first for i in range(2)]
+    assert found == [(step, 200) for step in sorted(steps) if step <= 3600]
+    assert ends(tmp_path / "together") == [(1600, 200)] * 8 + [(3208, 200)] * 8
+
+
+def test_without_a_time_limit_all_episodes_are_logged(tmp_path):
+    found = ends(tmp_path, "RingTerminalBox-v0", random_start_ages=True)
+    assert found[:8] == [(24, 3)] * 8
+
+
+def test_vectors_without_set_attr_start_together():
+    envs = SimpleNamespace(spec=SimpleNamespace(max_episode_steps=5))
+    envs.unwrapped = envs
+    run = SimpleNamespace(args=ppo.Args(), iteration=0, score=np.zeros(2))
+    ppo.start_at_random_ages(envs, run)
+    assert run.score.tolist() == [0, 0]

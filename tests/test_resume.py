@@ -66,6 +66,20 @@ def test_saving_changes_nothing(script, tmp_path, name):
         assert equal(load(often)[part], load(never)[part])
 
 
+def test_resumed_environments_start_at_other_random_ages(tmp_path):
+    """The limit is 4 steps: first episodes, which are not logged, last 4 − age."""
+    flags = {"num_envs": 8, "random_start_ages": True, "total_timesteps": 512}
+    run_dir = crash(ppo_continuous, tmp_path, 3, name="Ring", save_every=2, **flags)
+    resume(ppo_continuous, run_dir)
+    expected = []
+    for iteration in (0, 2):  # of the checkpoint; each part has 32 steps
+        for age in np.random.default_rng([1, iteration]).integers(4, size=8):
+            expected += [16 * iteration + t for t in range(9 - age, 33, 5)]
+    rows = read(run_dir / "episodes.csv")
+    assert [int(row["global_step"]) for row in rows] == sorted(8 * t for t in expected)
+    assert {row["episodic_length"] for row in rows} == {"4"}
+
+
 def test_an_agent_saved_and_loaded_acts_identically(script, tmp_path):
     agents, keep = [], lambda agent, metrics: agents.append(agent)
     flags = {"learning_rate": 0.01, **normalisation(script, True)}
