@@ -177,19 +177,20 @@ def with_t_interval(values):
 
 
 def defaults():
-    """Candidates over the former default, seed by seed: geometric means, which decide, and
-    plain means, which were declared first."""
+    """Candidates over the former default, seed by seed: geometric means over the tasks,
+    which decide, and plain means, which were declared first; geometric means of each."""
     rows, keys = [], {"index": "seed", "columns": ["arm", "task"], "values": "score"}
     table = load("defaults").pivot(**keys)
-    for arm in table.columns.unique("arm").drop("default", errors="ignore"):
+    text = lambda numbers: "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    geometric = lambda logs: text(np.exp(with_t_interval(logs)))
+    for arm in table.columns.unique("arm").drop("default"):
         ratios = (table[arm] / table["default"]).dropna()
-        if len(ratios) > 1:
-            declared, logs = ratios.mean(axis=1), np.log(ratios).mean(axis=1)
-            found = [np.exp(with_t_interval(logs)), with_t_interval(declared)]
-            texts = ["**{:.3f}** [{:.3f}, {:.3f}]".format(*numbers) for numbers in found]
-            rows.append([arm, len(ratios), *texts])
-    columns = ["candidate", "seeds", f"ratio to the former {CI}", f"plain mean {CI}"]
-    return pd.DataFrame(rows, columns=columns)
+        logs, plain = np.log(ratios), text(with_t_interval(ratios.mean(axis=1)))
+        row = {"candidate": arm, "seeds": len(ratios)}
+        row |= {f"ratio to the former {CI}": geometric(logs.mean(axis=1))}
+        row |= {f"plain mean {CI}": plain}
+        rows.append(row | {task: geometric(logs[task]) for task in logs})
+    return pd.DataFrame(rows)
 
 
 def tuned():
