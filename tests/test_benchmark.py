@@ -338,7 +338,7 @@ def test_candidates_for_the_defaults_are_compared_seed_by_seed(stored):
     (found,) = tables.defaults().to_numpy().tolist()
     assert found[:3] == ["no-recompute", 10, "1.000 [0.931, 1.075]"]
     assert found[3].startswith("1.130 ")  # 4.5 / 4 times the mean of 1.1 and 1 / 1.1
-    assert sorted(found[4:])[::3] == ["0.500 [0.465, 0.537]", "2.000 [1.862, 2.149]"]
+    assert sorted(found[4:])[::3] == ["0.500 [0.465, 0.537]", "2.000 [1.861, 2.149]"]
 
 
 # ---------- Patches and report ----------
