@@ -8,12 +8,14 @@ import pandas as pd
 from estimates import interval, iqm, summary, welch
 from results import load, load_curves, select
 from scipy import stats
-from studies import CHEETAH, CHOSEN, LUNAR, MUJOCO, runs
+from studies import CHEETAH, CHOSEN, LUNAR, MUJOCO, SWIMMER, runs
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", LUNAR, *MUJOCO, "Ant-v4"]
 TASKS += ["BipedalWalker-v3", "Pendulum-v1", "Pong", "Breakout", "BeamRider"]
 PROTOCOLS = ["training", "sampled", "greedy", "best"]
 CI = "[95\u00a0%]"  # with a space that does not break
+RATIOS = [(arm, "default") for arm in ("random-start-ages", "no-recompute", "both")]
+RATIOS += [("both", "no-recompute"), ("both", "random-start-ages")]
 
 
 # ---------- Numbers ----------
@@ -177,18 +179,19 @@ def with_t_interval(values):
 
 
 def defaults():
-    """Candidates over the former default, seed by seed: geometric means over the tasks,
-    which decide, and plain means, which were declared first; geometric means of each."""
+    """Ratios of arms, seed by seed: geometric means over the tasks, which decide, and plain
+    means, which were declared first; geometric means without Swimmer and of each task. The
+    first three rows decide."""
     rows, keys = [], {"index": "seed", "columns": ["arm", "task"], "values": "score"}
     table = load("defaults").pivot(**keys)
     text = lambda numbers: "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
     geometric = lambda logs: text(np.exp(with_t_interval(logs)))
-    for arm in table.columns.unique("arm").drop("default"):
-        ratios = (table[arm] / table["default"]).dropna()
+    for arm, base in RATIOS:
+        ratios = (table[arm] / table[base]).dropna()
         logs, plain = np.log(ratios), text(with_t_interval(ratios.mean(axis=1)))
-        row = {"candidate": arm, "seeds": len(ratios)}
-        row |= {f"ratio to the former {CI}": geometric(logs.mean(axis=1))}
-        row |= {f"plain mean {CI}": plain}
+        row = {"ratio": f"{arm} / {base}", "seeds": len(ratios)}
+        row |= {f"four tasks {CI}": geometric(logs.mean(axis=1)), "plain mean": plain}
+        row["without Swimmer"] = geometric(logs.drop(columns=SWIMMER).mean(axis=1))
         rows.append(row | {task: geometric(logs[task]) for task in logs})
     return pd.DataFrame(rows)
 

@@ -327,17 +327,19 @@ def test_scores_are_compared_by_protocol(stored):
 
 
 def test_candidates_for_the_defaults_are_compared_seed_by_seed(stored):
-    """One task doubles, one is halved; odd seeds gain 10 %, even ones lose as much. The
-    half interval of logarithms: t at 9 degrees of freedom, times log(1.1) / √9."""
-    scores = {}
-    for task, factor in zip(studies.CHOICE, (2, 0.5, 1, 1)):
-        scores[task, "default"] = {seed: 100.0 * seed for seed in range(11, 21)}
-        arm = {seed: 100 * seed * factor * 1.1 ** (-1) ** seed for seed in range(11, 21)}
+    """Swimmer doubles, another task is halved; odd seeds gain 10 %, even ones lose as much.
+    The half interval of logarithms: t at 9 degrees of freedom, times log(1.1) / √9."""
+    scores, seeds = {}, range(11, 21)
+    for task, factor in zip([studies.SWIMMER, "A", "B", "C"], (2, 0.5, 1, 1)):
+        for arm in studies.DEFAULTS:
+            scores[task, arm] = {seed: 100.0 * seed for seed in seeds}
+        arm = {seed: 100 * seed * factor * 1.1 ** (-1) ** seed for seed in seeds}
         scores[task, "no-recompute"] = arm
     write("defaults", scores)
-    (found,) = tables.defaults().to_numpy().tolist()
-    assert found[:3] == ["no-recompute", 10, "1.000 [0.931, 1.075]"]
-    assert found[3].startswith("1.130 ")  # 4.5 / 4 times the mean of 1.1 and 1 / 1.1
+    found = tables.defaults().set_index("ratio").loc["no-recompute / default"].tolist()
+    assert found[:2] == [10, "1.000 [0.931, 1.075]"]
+    assert found[2].startswith("1.130 ")  # 4.5 / 4 times the mean of 1.1 and 1 / 1.1
+    assert found[3] == "0.794 [0.739, 0.853]"  # the cube root of 0.5
     assert sorted(found[4:])[::3] == ["0.500 [0.465, 0.537]", "2.000 [1.861, 2.149]"]
 
 
