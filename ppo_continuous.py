@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) for continuous actions and vector observations.
 
-    python ppo_continuous.py                                    # HalfCheetah-v5, 10 minutes
+    python ppo_continuous.py                                    # HalfCheetah-v5, 6 minutes
     python ppo_continuous.py --env-id Hopper-v5 --seed 2        # --help lists all flags
     python ppo_continuous.py --resume runs/DIR                  # continue a run
     python ppo_continuous.py --evaluate runs/DIR --greedy --capture-video  # play and film
